@@ -183,9 +183,9 @@ class Shards:
             if total >= tokens:
                 return self.train[:count]
         if total * self.cfg.epochs < tokens:
-            sys.exit(f"{tokens:,} tokens need about {tokens / total:.1f} passes over the {count} training shards of {self.folder} "
+            sys.exit(f"{tokens:,.0f} tokens need about {tokens / total:.1f} passes over the {count} training shards of {self.folder} "
                      f"(~{total:,.0f} tokens a pass): add shards, lower --tpp, or allow it with --epochs {math.ceil(tokens / total)}")
-        print(f"{tokens:,} tokens are about {tokens / total:.1f} passes over the {count} training shards: documents will repeat (--epochs {self.cfg.epochs})")
+        print(f"{tokens:,.0f} tokens are about {tokens / total:.1f} passes over the {count} training shards: documents will repeat (--epochs {self.cfg.epochs})")
         return self.train
 
 
@@ -345,7 +345,7 @@ class Validation:
     """Bits per byte of the first rows of the packed validation shard: the same rows, however they are divided."""
 
     def __init__(self, cfg, shards, enc, env, micro):
-        self.cfg, self.env, self.micro, self.rows = cfg, env, micro, []
+        self.cfg, self.env, self.micro, self.rows, self.all_used = cfg, env, micro, [], False
         if env.rank == 0:
             self.stream = PackedRows([shards.validation], enc, cfg.max_seq_len + 1)
         self.nbytes = token_bytes(enc).to(env.device)
@@ -355,7 +355,8 @@ class Validation:
         if self.env.rank == 0:
             while len(self.rows) < wanted and (row := self.stream.next_row()) is not None:
                 self.rows.append(torch.from_numpy(row.astype(np.int32)))
-            if len(self.rows) < wanted:
+            if len(self.rows) < wanted and not self.all_used:
+                self.all_used = True
                 print(f"the validation shard holds {len(self.rows)} rows, not {wanted}: all are used")
         count = broadcast(torch.tensor([min(wanted, len(self.rows))]), self.env, (1,), torch.int64).item()
         rows = broadcast(torch.stack(self.rows[:count]) if self.env.rank == 0 else None, self.env, (count, self.cfg.max_seq_len + 1), torch.int32)
@@ -374,23 +375,27 @@ def sample(model, enc, prompt, n=48):
 
 # ---- Starting: fresh, resumed, or branched off a trunk ---------------------------------------------------------------------
 
-def starting_point(cfg, folder, derived, tokenizer, revision):
-    """(folder, step) of the checkpoint to start from, or (None, 0); exits if it was made by another recipe."""
-    step, source = newest_checkpoint(folder), folder
-    if step is None and cfg.trunk:
-        source = folder.parent / cfg.trunk
-        step = newest_checkpoint(source, [s for s in checkpoint_steps(source) if s == derived["switch"]])
-        if step is None:
-            sys.exit(f"{source} has no checkpoint of step {derived['switch']}: train it with --keep {cfg.drope}, or leave out --trunk")
-    if step is None:
-        return None, 0
-    meta = read_meta(source, step)
-    now = {**asdict(cfg), "tokenizer": tokenizer, "revision": revision}
+def check_recipe(cfg, folder, meta, tokenizer, revision, but=()):
+    """Exits if the checkpoint was made by another recipe than this command's, naming the first field that differs."""
     then = {**meta["user_config"], "tokenizer": meta["tokenizer"], "revision": meta["revision"]}
+    now = {**asdict(cfg), "tokenizer": tokenizer, "revision": revision or meta["revision"]}
     for field in RECIPE + ("tokenizer", "revision"):
-        if then.get(field) != now[field] and not (field == "drope" and source != folder):
+        if then.get(field) != now[field] and field not in but:
             sys.exit(f"{folder} was trained with {field} = {then.get(field)}, not {now[field]}: use the same, or another --tag for a new run")
-    return source, step
+
+
+def starting_point(cfg, folder, newest, switch, tokenizer, revision):
+    """(folder, step) of the checkpoint to start from: the newest of the run's own, or the trunk's at the switch, or (None, 0)."""
+    if newest is not None:
+        check_recipe(cfg, folder, read_meta(folder, newest), tokenizer, revision)
+        return folder, newest
+    if not cfg.trunk:
+        return None, 0
+    trunk = folder.parent / cfg.trunk
+    if newest_checkpoint(trunk, [s for s in checkpoint_steps(trunk) if s == switch]) is None:
+        sys.exit(f"{trunk} has no checkpoint of step {switch}: train it with --keep {cfg.drope}, or leave out --trunk")
+    check_recipe(cfg, trunk, read_meta(trunk, switch), tokenizer, revision, but=("drope",))
+    return trunk, switch
 
 
 def restore_metrics(source, target, size):
@@ -416,7 +421,11 @@ def main():
     folder = base_dir() / "base_checkpoints" / cfg.tag
     guard = lock(folder) if env.rank == 0 else None
     stop = StopRequest()
-    if steps in checkpoint_steps(folder) and cfg.fetch is None:
+    tokenizer = tokenizer_hash(enc)
+    newest = newest_checkpoint(folder) if env.rank == 0 else None
+    if newest is not None:
+        check_recipe(cfg, folder, read_meta(folder, newest), tokenizer, None)
+    if any_process(newest == steps, env) and cfg.fetch is None:
         return say(f"{folder} is finished (step {steps}), skipped")
 
     # the shards
@@ -430,8 +439,7 @@ def main():
     except FetchError as e:
         sys.exit(str(e))
     revision = shards.index["revision"] if env.rank == 0 else None
-    tokenizer = tokenizer_hash(enc)
-    start = [starting_point(cfg, folder, derived, tokenizer, revision) if env.rank == 0 else None]
+    start = [starting_point(cfg, folder, newest, switch, tokenizer, revision) if env.rank == 0 else None]
     if env.world > 1:
         torch.distributed.broadcast_object_list(start)
     source, step = start[0]

@@ -72,6 +72,25 @@ def script(name, *args, base, timeout=600, env=None, **kw):
                           env=env, cwd=HERE, **kw)
 
 
+@pytest.fixture
+def refused(monkeypatch):
+    """refused(module, args, words, base=...): main() ends with one clear line that has these words in it."""
+    def check(module, args, words, base):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        line = None
+        try:
+            module.main()
+        except SystemExit as e:
+            line = e.code
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+        assert isinstance(line, str) and "\n" not in line and all(w in line for w in words), line
+    return check
+
+
 def one_line(result, *words):
     """The process failed with one clear line on stderr that has these words in it."""
     lines = [l for l in result.stderr.strip().splitlines() if l.strip()]
@@ -555,6 +574,213 @@ def test_a_branch_equals_the_run_from_scratch(drope_run, tiny_base):
 def test_a_finished_run_is_skipped(drope_run, tiny_base):
     result = script("pretrain.py", *TINY, "--tpp", STEPS_20, "--tag", "drope", "--drope", 50, base=tiny_base)
     assert result.returncode == 0 and "skipped" in result.stdout
+
+
+# ---- Interrupted runs end in the same tensors -------------------------------------------------------------------------------
+
+def start(name, *args, base):
+    """A script in the background; its output can be read line by line."""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=env, cwd=HERE)
+
+
+def kill_at_random(args, base, folder, kills, seed=0):
+    """Runs a script again and again and kills it: in the middle of three saves, at the switch, otherwise at random moments.
+    Returns what the last run printed, which came to its end."""
+    random, inside_saves, at_switch = np.random.default_rng(seed), min(3, kills // 3), False
+    for n in range(kills):
+        process, deadline = start(*args, base=base), None
+        for line in process.stdout:
+            if line.startswith("step 0") and deadline is None:
+                deadline = time.time() + random.uniform(0, 0.6)
+            if "RoPE is dropped" in line and not at_switch:
+                at_switch = True
+                break
+            if n < inside_saves and deadline:               # a file that is being written has a temporary name
+                until = time.time() + 5
+                while time.time() < until and not list(folder.glob(".*.tmp")):
+                    pass
+                break
+            if deadline and time.time() > deadline:
+                break
+        else:
+            raise AssertionError(f"finished after {n} of {kills} kills (exit {process.wait()}): make it longer")
+        process.kill()
+        process.wait()
+    result = script(*args, base=base)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_run_killed_at_20_moments_ends_in_the_same_tensors(tiny_base):
+    """KILLS=100 python test_all.py -k killed is the long form."""
+    kills = int(os.environ.get("KILLS", 20))
+    tpp = (12 * kills + 60) * 1024 / 253_952
+    args = ("pretrain.py", *TINY, "--tpp", tpp, "--drope", 40, "--epochs", 99, "--eval-every", 30)
+    assert script(*args, "--tag", "calm", base=tiny_base).returncode == 0
+    kill_at_random((*args, "--tag", "killed"), tiny_base, tiny_base / "base_checkpoints" / "killed", kills)
+    assert_same_run(tiny_base / "base_checkpoints" / "calm", tiny_base / "base_checkpoints" / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(drope_run, tiny_base, number):
+    tag = f"stopped_by_{number.name}"
+    args = ("pretrain.py", *TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", tag, "--save-every", 999)
+    process = start(*args, base=tiny_base)
+    for line in process.stdout:
+        if line.startswith("step 00007"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == M.INTERRUPTED and f"stopped by {number.name}" in rest
+    assert 7 <= max(M.checkpoint_steps(drope_run / tag)) < 20
+    assert script(*args, base=tiny_base).returncode == 0
+    assert_same_run(drope_run / "drope", drope_run / tag)
+
+
+@pytest.mark.parametrize("damage", ["model", "optim", "loader", "meta"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(drope_run, tiny_base, damage):
+    import shutil
+    folder = drope_run / f"damaged_{damage}"
+    shutil.copytree(drope_run / "drope", folder)
+    path = M.checkpoint_files(folder, 20)[damage]
+    if damage == "meta":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    result = script("pretrain.py", *TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", folder.name, base=tiny_base)
+    assert result.returncode == 0 and "passing over" in result.stderr and "000020" in result.stderr, result.stderr
+    assert "going on from step 15" in result.stdout
+    assert_same_run(drope_run / "drope", folder)
+
+
+# ---- Any number of processes ------------------------------------------------------------------------------------------------
+
+def torchrun(n, *args, base):
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(HERE / args[0]),
+                           *map(str, args[1:])], capture_output=True, text=True, timeout=600, env=env, cwd=HERE)
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder) if "loss" in r]
+
+
+def test_1_2_and_4_processes_see_the_same_losses(tiny_base):
+    args = ("pretrain.py", *TINY, "--tpp", 50.5 * 1024 / 253_952, "--drope", 50, "--save-every", 999)
+    assert script(*args, "--tag", "one", base=tiny_base).returncode == 0
+    expected = losses(tiny_base / "base_checkpoints" / "one")
+    for n in (2, 4):
+        result = torchrun(n, *args, "--tag", f"processes_{n}", base=tiny_base)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert losses(tiny_base / "base_checkpoints" / f"processes_{n}") == pytest.approx(expected, rel=1e-4)
+    assert script(*args, "--tag", "micro", "--device-batch-size", 4, base=tiny_base).returncode == 0
+    assert losses(tiny_base / "base_checkpoints" / "micro") == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_moves_from_one_process_to_two_and_back(drope_run, tiny_base):
+    """Stopped after 6 and 12 steps; the optimizer state is one file that any number of processes can load."""
+    import shutil
+    args = ("pretrain.py", *TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", "moved", "--save-every", 6)
+    folder = drope_run / "moved"
+
+    def keep_only(step):
+        for other in M.checkpoint_steps(folder):
+            for path in M.checkpoint_files(folder, other).values() if other != step else ():
+                path.unlink()
+
+    assert script(*args, "--keep", "30,60", base=tiny_base).returncode == 0
+    keep_only(6)
+    result = torchrun(2, *args, "--keep", "30,60", base=tiny_base)
+    assert result.returncode == 0 and "going on from step 6" in result.stdout, result.stderr[-2000:]
+    keep_only(12)
+    result = script(*args, base=tiny_base)
+    assert result.returncode == 0 and "going on from step 12" in result.stdout
+    assert losses(folder) == pytest.approx(losses(drope_run / "drope"), rel=1e-4)
+
+
+# ---- Bad input: one clear line, non-zero exit, nothing lost ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("args, words", [
+    (("--drope", 150), ["--drope 150", "0 to 99"]), (("--drope", -1), ["--drope -1"]), (("--depth", 0), ["--depth 0"]),
+    (("--tpp", "many"), ["--tpp", "--help"]), (("--tag", "../x"), ["--tag", "folder name"]), (("--trunk", "x"), ["--drope"]),
+    (("--total-batch-size", 1000), ["1000", "max_seq_len", "take"]), (("--total-batch-size", 0), ["--total-batch-size 0"]),
+    (("--tpp", 0.001), ["less than one batch"]), (("--device-batch-size", 5), ["--device-batch-size 5", "16 rows"]),
+    (("--tpp", 400), ["--epochs"]), (("--data-dir", "/nowhere"), ["/nowhere", "--fetch"]),
+    (("--tokenizer-dir", "/nowhere"), ["/nowhere", "tok.py"]), (("--drope", 25, "--trunk", "none"), ["none", "--keep 25"])])
+def test_pretrain_refuses(tiny_base, refused, args, words):
+    refused(pretrain, [*TINY, "--tpp", STEPS_20, "--tag", "refused", *args], words, tiny_base)
+
+
+def test_what_is_refused_ends_a_process_with_one_line(tiny_base):
+    one_line(script("pretrain.py", *TINY, "--drope", 150, base=tiny_base), "--drope 150", "0 to 99")
+
+
+def test_another_recipe_is_refused_and_the_field_named(drope_run, tiny_base, refused):
+    files = [p for p in (drope_run / "drope").iterdir() if p.name != ".lock"]
+    before = [p.read_bytes() for p in files]
+    for args, field in ((("--drope", 25), "drope"), (("--matrix-lr", 0.1), "matrix_lr"), (("--tpp", 9), "tpp")):
+        refused(pretrain, [*TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", "drope", "--epochs", 999, *args], [f"{field} =", "--tag"], tiny_base)
+    assert before == [p.read_bytes() for p in files]
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(drope_run, tiny_base, tmp_path, refused):
+    import shutil
+    write_tokenizer(tmp_path / "tok", [b"xy", b"he", b" z", b"in"])
+    shutil.copytree(drope_run / "drope", drope_run / "other_vocabulary")
+    for path in M.checkpoint_files(drope_run / "other_vocabulary", 20).values():
+        path.unlink()
+    refused(pretrain, [*TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", "other_vocabulary", "--tokenizer-dir", tmp_path / "tok"],
+            ["other_vocabulary", "tokenizer ="], tiny_base)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 this is not parquet PAR1", "no rows", "no column", "cut"])
+def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, content):
+    import pyarrow as pa, pyarrow.parquet as pq
+    data = tmp_path / "data"
+    for name in ("shard_00000.parquet", "shard_06542.parquet"):
+        write_shard(data / name, some_texts(300, 3))
+    bad = data / "shard_00000.parquet"
+    if content == "no rows":
+        write_shard(bad, pa.array([], pa.string()))
+    elif content == "no column":
+        pq.write_table(pa.table({"words": ["a"]}), bad)
+    else:
+        bad.write_bytes(bad.read_bytes()[:-9] if content == "cut" else content)
+    refused(pretrain, [*TINY, "--tpp", STEPS_20, "--tag", "bad_shard", "--data-dir", data], [str(bad), "damaged or empty"], tiny_base)
+
+
+def test_a_folder_that_cannot_be_written(tiny_base, tmp_path, refused):
+    (tmp_path / "file").write_text("in the way")
+    refused(pretrain, [*TINY, "--tpp", STEPS_20, "--tokenizer-dir", tiny_base / "tokenizer", "--data-dir", tiny_base / "data" / "climbmix"],
+            [str(tmp_path / "file"), "NANOCHAT_BASE_DIR"], tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_one_run_at_a_time_in_a_folder(tiny_base, refused):
+    folder = tiny_base / "base_checkpoints" / "busy"
+    guard = M.lock(folder)
+    refused(pretrain, [*TINY, "--tpp", STEPS_20, "--tag", "busy"], ["in use by", f"pid {os.getpid()}"], tiny_base)
+    guard.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_base):
+    result = script("pretrain.py", *TINY, "--tpp", STEPS_20, "--tag", "diverged", "--matrix-lr", 1e30, base=tiny_base)
+    one_line(result, "step", "--matrix-lr")
+    assert not list((tiny_base / "base_checkpoints" / "diverged").glob("model_*"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    M.atomic_write(tmp_path / "a" / "x.txt", "old")
+    def fails(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit, match="No space left on device"):
+        M.atomic_write(tmp_path / "a" / "x.txt", fails)
+    assert (tmp_path / "a" / "x.txt").read_text() == "old" and len(list((tmp_path / "a").iterdir())) == 1
 
 
 if __name__ == "__main__":
