@@ -71,13 +71,47 @@ def rotate(x, cos, sin):
 
 
 class Linear(nn.Linear):
-    """No bias; weights stay float32 and are cast to the activations' dtype where they are used."""
+    """No bias; weights stay float32 and are cast to the activations' dtype where they are used. With fp8 set, training (not
+    evaluation) multiplies in float8."""
+    fp8 = False
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
+        if self.fp8 and torch.is_grad_enabled():
+            return Float8Matmul.apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def to_float8(x, dtype):
+    """x in float8 and the float32 scale that brings it back: the largest entry becomes the largest number of the dtype."""
+    most = torch.finfo(dtype).max
+    scale = most / x.abs().max().float().clamp(min=1e-12)
+    return (x.float() * scale).clamp(-most, most).to(dtype), 1 / scale
+
+
+def float8_mm(a, a_scale, b, b_scale, dtype):
+    """(M, K) @ (K, N) of float8 with float32 sums. The GPU wants `a` by rows and `b` by columns in memory; elsewhere it is emulated."""
+    if a.is_cuda:
+        return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+    return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
+
+
+class Float8Matmul(torch.autograd.Function):
+    """x W^T: forward in e4m3, which has more precision, gradients in e5m2, which has more range (arXiv:2209.05433)."""
+
+    @staticmethod
+    def forward(ctx, x, weight):                            # (N, C_in), (C_out, C_in)
+        (x8, x_scale), (w8, w_scale) = to_float8(x, torch.float8_e4m3fn), to_float8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        return float8_mm(x8, x_scale, w8.t(), w_scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):                                # (N, C_out)
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = to_float8(grad, torch.float8_e5m2)
+        return float8_mm(g8, g_scale, w8, w_scale, grad.dtype), float8_mm(g8.t(), g_scale, x8, x_scale, torch.float32)
 
 
 class CausalSelfAttention(nn.Module):
@@ -562,6 +596,26 @@ class StopRequest:
 
     def __bool__(self):
         return self.signal is not None
+
+
+def set_fp8(model, device):
+    """Float8 for the matmuls of the blocks (not the head); exits where the device has none."""
+    import sys
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        sys.exit(f"--fp8 needs a GPU with float8 matmuls (H100 or newer), not {device.type}: leave it out")
+    for module in model.transformer.h.modules():
+        if isinstance(module, Linear):
+            module.fp8 = True
+
+
+def attention_kernel(env, config):
+    """Asks for cuDNN's attention first, then flash, for the rest of the process; returns the name of what will be used."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    if env.device.type == "cuda":
+        sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+                    set_priority=True).__enter__()
+    q = torch.empty(1, config.n_head, config.sequence_len, config.n_embd // config.n_head, device=env.device, dtype=env.dtype)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
 
 
 def any_process(flag, env):

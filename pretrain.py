@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (GPT, GPTConfig, INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, atomic_write, base_dir,
+from model import (GPT, GPTConfig, INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, atomic_write, attention_kernel, base_dir,
                    bits_per_byte, broadcast, checkpoint_steps, fetch, load_part, load_tokenizer, lock, log_head, newest_checkpoint,
-                   parse_config, read_meta, save_checkpoint, setup_env, token_bytes, tokenizer_hash, try_compile)
+                   parse_config, read_meta, save_checkpoint, set_fp8, setup_env, token_bytes, tokenizer_hash, try_compile)
 from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
@@ -49,13 +49,16 @@ class Config:
     keep: str = ""                      # percents of the run whose checkpoints stay too, for branches: 25,50,75
     trunk: str = ""                     # with drope: start at the switch from the checkpoint that this tag kept there
     compile: int | None = None          # torch.compile, 1 or 0; not given: 1 on a GPU
+    fp8: bool = False                   # matmuls of the blocks in float8 while training (H100 or newer)
+    bench: bool = False                 # time 20 steps on random tokens, print one JSON line, and stop; needs no files
+    vocab_size: int = 32768             # of --bench; a run takes its tokenizer's
     fetch: int | None = None            # download so many training shards (0: those that this run needs), and stop
     patience: float = 600               # seconds to keep asking a hub that does not answer
 
 
 # What must not change between an interruption and its continuation
 RECIPE = ("depth", "tpp", "drope", "dataset", "max_seq_len", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr",
-          "weight_decay", "eval_every", "eval_tokens", "eval_sample")
+          "weight_decay", "eval_every", "eval_tokens", "eval_sample", "fp8")
 VALIDATION = 6542                       # the number of the validation shard, never trained on
 
 
@@ -110,19 +113,26 @@ def check_batch(cfg, env, config, steps):
     return rows, min(micro, share)
 
 
-def rows_that_fit(config, T, env):
-    """The largest power of two of rows that a device's memory holds, at most 32.
+def step_memory(config, rows, T, size=2):
+    """Bytes that a step takes with `rows` rows at a time (size: bytes of an activation, 2 in bfloat16).
 
-    Kept for backward, in units of C = n_embd and for each token and layer: 12 C around attention (its input, q, k, v before and
-    after rotation and norm, output, residual) and 3 x 8/3 C in the MLP, about 20 C. Weights, gradients and optimizer state take
-    16 bytes a parameter, the loss 5 float32 copies of a chunk of 4,096 logit rows. 85% of the free memory may be used."""
-    size = 2 if env.dtype == torch.bfloat16 else 4
-    free = torch.cuda.mem_get_info(env.device)[0] if env.device.type == "cuda" else 6e9
+    For each parameter 16: weight, gradient, and at most two moments, in float32. For backward each layer keeps, of each token, about
+    12 C around attention (C = n_embd: input, q, k, v, both rotated, both normed, output, two residuals) and 3 x 8/3 C of the MLP,
+    in all 20 C. The loss holds 5 float32 copies of a chunk of 4,096 logit rows. In GB, with T = 4,096 and bfloat16:
+
+                8 rows   16 rows   32 rows
+        d18         36        62       117
+        d20         43        76       144
+    """
     with torch.device("meta"):
-        fixed = 16 * sum(p.numel() for p in GPT(config).parameters()) + 5 * 4 * 4096 * config.vocab_size
-    row = 20 * config.n_embd * config.n_layer * T * size
-    fit = max(1.0, (0.85 * free - fixed) / row)
-    return min(32, 2 ** int(math.log2(fit)))
+        parameters = sum(p.numel() for p in GPT(config).parameters())
+    return 16 * parameters + 5 * 4 * min(4096, rows * T) * config.vocab_size + 20 * config.n_embd * config.n_layer * rows * T * size
+
+
+def rows_that_fit(config, T, env):
+    """The largest power of two of rows, at most 32, that 85% of a device's free memory holds (6 GB on a CPU)."""
+    free = 0.85 * torch.cuda.mem_get_info(env.device)[0] if env.device.type == "cuda" else 6e9
+    return max((n for n in (2, 4, 8, 16, 32) if step_memory(config, n, T, env.dtype.itemsize) <= free), default=1)
 
 
 # ---- Shards: which are there, which are needed, and the downloader ------------------------------------------------------
@@ -373,6 +383,69 @@ def sample(model, enc, prompt, n=48):
     return enc.decode(ids[1:])
 
 
+# ---- Speed ------------------------------------------------------------------------------------------------------------------
+
+def bench(cfg, env):
+    """One JSON line: the medians of 20 real steps on random tokens after 3 to warm up."""
+    config, derived = derive(cfg, cfg.vocab_size)
+    rows, micro = check_batch(cfg, env, config, 1)
+    kernel = attention_kernel(env, config)
+    sync = torch.cuda.synchronize if env.device.type == "cuda" else lambda: None
+    tokens = torch.randint(cfg.vocab_size, (rows, cfg.max_seq_len + 1), dtype=torch.int32)
+
+    def time_steps(model, optimizer, gradients, count=20):
+        seconds = []                                        # of the data, forward and backward, the optimizer
+        for _ in range(3 + count):
+            marks = [time.time()]
+            batch = broadcast(tokens, env, tokens.shape, torch.int32).long()
+            sync(), marks.append(time.time())
+            gradients(model, batch[:, :-1], batch[:, 1:]).item()
+            sync(), marks.append(time.time())
+            optimizer.step()
+            optimizer.zero_grad()
+            sync(), marks.append(time.time())
+            seconds.append(np.diff(marks))
+        return np.median(seconds[3:], axis=0)
+
+    torch.manual_seed(42)
+    model = GPT(config, dtype=env.dtype)
+    model.init_weights()
+    model.to(env.device)
+    if cfg.fp8:
+        set_fp8(model, env.device)
+    ours = lambda model, x, y: accumulate_gradients(model, x, y, micro, env)
+    optimizer = build_optimizer(model, **derived["lrs"])
+    timed = {}
+    for compiled in (0, 1) if cfg.compile is None and env.device.type == "cpu" else (cfg.compile if cfg.compile is not None else 1,):
+        timed[compiled] = time_steps(try_compile(model, env.device, compiled), optimizer, ours)
+    compiled, (data, both, update) = min(timed.items(), key=lambda item: item[1].sum())
+    speed = cfg.total_batch_size / (data + both + update)
+    record = dict(device=torch.cuda.get_device_name() if env.device.type == "cuda" else env.device.type, torch=torch.__version__, depth=cfg.depth,
+                  dtype="fp8" if cfg.fp8 else str(env.dtype).removeprefix("torch."), batch=cfg.total_batch_size, rows=micro, attention=kernel,
+                  compile=compiled, processes=env.world, tokens_per_second=round(speed), step_seconds=round(data + both + update, 4),
+                  share_forward_backward=round(both / (data + both + update), 4), share_optimizer=round(update / (data + both + update), 4),
+                  share_data=round(data / (data + both + update), 4), step_memory_formula_gb=round(step_memory(config, micro, cfg.max_seq_len, env.dtype.itemsize) / 1e9, 2))
+    flops = speed * model.flops_per_token() / env.world
+    size = 8192 if env.device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=env.device, dtype=env.dtype)
+    matmuls = []
+    for _ in range(10):
+        sync(), (start := time.time()), a @ a, sync()
+        matmuls.append(2 * size ** 3 / (time.time() - start))
+    record.update(matmul_tflops=round(np.median(matmuls) / 1e12, 3), model_tflops=round(flops / 1e12, 3), of_matmul_rate=round(flops / np.median(matmuls), 3))
+    if env.peak_flops:
+        record.update(mfu=round(flops / env.peak_flops, 4), peak_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
+    if env.device.type == "cpu":                            # the same step in plain PyTorch: nothing compiled, whole logits, torch's AdamW
+        def plain(model, x, y):
+            loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            loss.backward()
+            return loss.detach()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        record.update(of_plain_step=round((data + both + update) / time_steps(model, adamw, plain).sum(), 3))
+    if env.rank == 0:
+        print(json.dumps(record))
+
+
 # ---- Starting: fresh, resumed, or branched off a trunk ---------------------------------------------------------------------
 
 def check_recipe(cfg, folder, meta, tokenizer, revision, but=()):
@@ -409,6 +482,8 @@ def main():
     cfg = parse_config(Config, __doc__)
     env = setup_env()
     check(cfg)
+    if cfg.bench:
+        return bench(cfg, env)
     if cfg.fetch:
         return fetch_only(Shards(cfg), cfg.fetch)
     say = print if env.rank == 0 else lambda *a, **k: None
@@ -459,10 +534,13 @@ def main():
         optimizer.load_state_dict(load_part(source, step, "optim", env.device))
         loader_state = load_part(source, step, "loader")
         model.use_rope = loop["use_rope"]
+    if cfg.fp8:
+        set_fp8(model, env.device)
+    kernel = attention_kernel(env, config)
     compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
     validate = Validation(cfg, shards, enc, env, micro)
     if env.rank == 0:
-        log_head(cfg, **{k: v for k, v in derived.items()}, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, processes=env.world,
+        log_head(cfg, **{k: v for k, v in derived.items()}, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel, processes=env.world,
                  parameters=sum(p.numel() for p in model.parameters()), tokenizer=tokenizer, revision=revision)
         if source:
             print(f"going on from step {step} of {source}")

@@ -169,6 +169,7 @@ PY
 # ---- The tiny size ---------------------------------------------------------------------------------------------------
 
 tiny() {
+    BASE="$BASE/tiny"; export NANOCHAT_BASE_DIR="$BASE" # apart from the real tokenizer
     local start=$SECONDS data="$BASE/data/demo" tag=d2_5tpp_drope_50
     export OMP_WAIT_POLICY=PASSIVE                       # a busy laptop: threads that wait must not spin
     stage python demo.py corpus
@@ -177,14 +178,16 @@ tiny() {
         --max-seq-len 256 --total-batch-size 8192 --matrix-lr 0.16 --embedding-lr 2 --unembedding-lr 0.06 --weight-decay 0 \
         --eval-every 100 --eval-tokens 65536 --eval-sample 65536 --save-every 100
     stage python sft.py --tag $tag --conversations "$data/conversations.jsonl" --words "$data/words.txt" --spelling-rows 2000 --bee-rows 1000 \
-        --max-seq-len 256 --total-batch-size 8192 --eval-every 100 --eval-tokens 65536 --save-every 100
+        --max-seq-len 256 --total-batch-size 8192 --init-lr-frac 0.1 --eval-every 100 --eval-tokens 65536 --save-every 100
     stage python export_hf.py --tag $tag
+    stage python eval.py $tag --quick --data-dir "$data"
     stage python demo.py report --tag $tag
     echo "all of it took $((SECONDS - start)) s; artifacts are in $BASE/"
 }
 
 chat() {
     parse_tag "$1"
+    [ ! -e "$BASE/tiny/hf_sft/$TAG" ] || BASE="$BASE/tiny"
     [ -e "$BASE/hf_sft/$TAG/config.json" ] || die "no export in $BASE/hf_sft/$TAG: make it with 'bash run_all.sh $TAG' or 'python export_hf.py --tag $TAG'"
     python -c '
 import sys

@@ -10,6 +10,17 @@ import torch.nn.functional as F
 import model as M
 import muon
 import pretrain
+import random
+import pyarrow as pa
+import pyarrow.parquet as pq
+import regex
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+import tok
+import ast
+from dataclasses import asdict, replace
+import eval as ev
+import model as m
 
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -781,6 +792,755 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(SystemExit, match="No space left on device"):
         M.atomic_write(tmp_path / "a" / "x.txt", fails)
     assert (tmp_path / "a" / "x.txt").read_text() == "old" and len(list((tmp_path / "a").iterdir())) == 1
+
+
+# ==== tok.py ================================================================================================
+
+TOK_TEXTS = ["def add(a, b):\n    return a + b  # 12345\n", "<|bos|> is only text here", "the then other, aaaaaaa",
+             "It's 7; they'll say \"naïve café\" – 東京 🎉🎉.\r\n\r\n", "", "  \n\t tabs\tand   spaces  \n\n\n"]
+
+
+def tok_write_shard(path, texts, rows_per_group=4):
+    """A shard in the layout of the pretraining data: one string column, zstd, small row groups."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=rows_per_group, compression="zstd")
+
+
+def tok_documents(n, seed=0):
+    """n documents of random words from a skewed vocabulary, some with odd white space, digits and other scripts."""
+    r = random.Random(seed)
+    words = ["".join(r.choices("etaoinshrdlu", k=r.randint(1, 8))) for _ in range(300)]
+    words += ["naïve", "東京", "42", "n't", "🎉"]
+    texts = [[words[int(r.paretovariate(0.6)) % len(words)] for _ in range(r.randint(5, 120))] for _ in range(n)]
+    return [" ".join(text) + "\n" * r.randint(0, 3) for text in texts]
+
+
+def tok_run(*args):
+    """Run the command line."""
+    command = [sys.executable, tok.__file__, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def tok_made(tmp_path_factory):
+    """A tokenizer of 400 ids trained by the command line: (data folder, out folder, finished process)."""
+    folder = tmp_path_factory.mktemp("tok")
+    tok_write_shard(folder / "data/shard_00000.parquet", tok_documents(30, seed=1))
+    tok_write_shard(folder / "data/shard_00001.parquet", tok_documents(30, seed=2))
+    tok_write_shard(folder / "data/shard_06542.parquet", ["zqxjzqxj " * 500])
+    done = tok_run("--data-dir", folder / "data", "--out-dir", folder / "out", "--vocab-size", 400, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return folder / "data", folder / "out", done
+
+# ---- tok.py: the trainer ---------------------------------------------------------------------------------------------
+
+def test_tok_merges_worked_by_hand():
+    """
+    low x 5, lower x 2, newest x 6. w e is there 2 + 6 = 8 times: we. Then l o 5 + 2 = 7: lo (o w lost 2 to we, has 5).
+    e we, n e, we s, s t have 6 each, and e is the smallest left one: ewe. Likewise newe, st, newest. lo w has 5: low.
+    lo we and we r have 2: we (id 256) is smaller than lo (257): wer. Then lower, and no pair is left.
+    """
+    tokens = tok.train({"low": 5, "lower": 2, "newest": 6}, 100)
+    assert tokens[:256] == [bytes([i]) for i in range(256)]
+    assert tokens[256:] == [b"we", b"lo", b"ewe", b"newe", b"st", b"newest", b"low", b"wer", b"lower"]
+
+
+@pytest.mark.parametrize("run, merges", [(2, [b"aa"]), (3, [b"aa", b"aaa"]), (4, [b"aa", b"aaaa"]),
+                                         (5, [b"aa", b"aaa", b"aaaaa"]), (7, [b"aa", b"aaaa", b"aaa", b"aaaaaaa"])])
+def test_tok_a_run_of_one_letter_is_merged_from_the_left(run, merges):
+    """5: aa aa a, then (aa, a) before (aa, aa), both once, a having the smaller id. 7: aa aa aa a, (aa, aa) twice."""
+    assert tok.train({"a" * run: 1}, 10)[256:] == merges
+
+
+def test_tok_overlapping_pairs_are_counted():
+    """b b b has two pairs b b, so 2 x 3 = 6 beat x y with 5."""
+    assert tok.train({"bbb": 3, "xy": 5}, 1)[256:] == [b"bb"]
+
+
+def test_tok_stops_when_no_pair_is_left():
+    """x y z is rarer than the first floors of the heap, and y z is gone once x y is merged."""
+    assert tok.train({"ab": 80, "xyz": 1}, 4)[256:] == [b"ab", b"xy", b"xyz"]
+    assert tok.train({}, 4)[256:] == tok.train({"a": 9, "b": 1}, 4)[256:] == []
+
+
+def test_tok_equals_rustbpe_on_random_corpora():
+    """300 corpora of few letters (ties, runs, overlaps), words, or any characters, with and without pairs left over."""
+    rustbpe = pytest.importorskip("rustbpe")
+    alphabets = ["a", "ab", "aab ", "abc", "abcd 1'\n", "etaoinshrdlu  \n", "aé東🎉 ", "'sS tT\r\n\t 12!?",
+                 "the cat.\u00a0\u2003_-"]
+    for seed in range(300):
+        r = random.Random(seed)
+        letters = r.choice(alphabets)
+        documents = ["".join(r.choices(letters, k=r.randint(0, 60))) for _ in range(r.randint(1, 60))]
+        documents += tok_documents(seed % 4, seed)
+        n_merges = r.choice([1, 5, 30, 200])
+        counts = {}
+        for text in documents:
+            for chunk in tok.split(text):
+                counts[chunk] = counts.get(chunk, 0) + 1
+        reference = rustbpe.Tokenizer()
+        reference.train_from_iterator(iter(documents), 256 + n_merges, pattern=tok.PATTERN)
+        expected = [bytes(token) for token, _ in reference.get_mergeable_ranks()]
+        assert tok.train(counts, n_merges) == expected, f"seed {seed}"
+
+
+def test_tok_split_is_the_one_tiktoken_makes():
+    """With the 256 bytes as its only tokens and one more for each chunk, tiktoken shows where it splits."""
+    for text in TOK_TEXTS + tok_documents(20, seed=3):
+        chunks = tok.split(text)
+        assert "".join(chunks) == text
+        ranks = {bytes([i]): i for i in range(256)}
+        for chunk in chunks:
+            ranks.setdefault(chunk.encode(), len(ranks))
+        encoding = tiktoken.Encoding("chunks", pat_str=tok.PATTERN, mergeable_ranks=ranks, special_tokens={})
+        assert [encoding.decode_single_token_bytes(i).decode() for i in encoding.encode_ordinary(text)] == chunks
+
+def test_tok_split_is_the_same_with_re_and_regex():
+    """For every character up to U+FFFF, beside letters, digits, signs and white space, and for random mixtures."""
+    full = regex.compile(tok.PATTERN)
+    characters = [chr(i) for i in range(0x10000) if not 0xD800 <= i < 0xE000]
+    for i in range(0, len(characters), 512):
+        text = "".join(f"a{c}b '{c}{c}1{c}2 {c}x.{c}\n{c} \t{c}{c}\n" for c in characters[i:i + 512])
+        assert tok.fast.findall(text) == full.findall(text), f"U+{i:04X}"
+    for seed in range(300):
+        r = random.Random(seed)
+        text = "".join(r.choices(" \n\r\t\x1c\x85\u2003'sL\u017fé1².\u0301", k=300))
+        assert tok.split(text) == tok.fast.findall(text) == full.findall(text)
+        assert tok.split(text + "🎉" + text) == full.findall(text + "🎉" + text)
+
+# ---- tok.py: the files -----------------------------------------------------------------------------------------------
+
+def test_tok_files(tok_made):
+    """Ranks 0, 1, 2, ... of distinct tokens, bytes first; the 9 special tokens have the last ids, in order."""
+    data, out, done = tok_made
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "tokenizer.tiktoken"]
+    lines = [line.split(b" ") for line in (out / "tokenizer.tiktoken").read_bytes().splitlines()]
+    assert [int(rank) for _, rank in lines] == list(range(391))
+    tokens = [base64.b64decode(token) for token, _ in lines]
+    assert tokens[:256] == [bytes([i]) for i in range(256)] and len(set(tokens)) == 391
+    assert load_tiktoken_bpe(str(out / "tokenizer.tiktoken")) == {token: i for i, token in enumerate(tokens)}
+    config = json.loads((out / "config.json").read_text())
+    assert config["pat_str"] == tok.PATTERN
+    assert list(config["special_tokens"].items()) == list(zip(
+        ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
+         "<|python_end|>", "<|output_start|>", "<|output_end|>"], range(391, 400)))
+    texts = tok_documents(30, seed=1) + tok_documents(30, seed=2)
+    assert (config["chars"], config["docs"], config["shards"]) == (sum(map(len, texts)), 60, 2)
+
+
+def test_tok_round_trip_in_tiktoken(tok_made):
+    """What tiktoken makes of the files gives every text back; a special token's name in a text stays text."""
+    _, out, _ = tok_made
+    config = json.loads((out / "config.json").read_text())
+    ranks = load_tiktoken_bpe(str(out / "tokenizer.tiktoken"))
+    encoding = tiktoken.Encoding("made", pat_str=config["pat_str"], special_tokens=config["special_tokens"],
+                                 mergeable_ranks=ranks, explicit_n_vocab=400)
+    for text in TOK_TEXTS + tok_documents(10, seed=4):
+        ids = encoding.encode_ordinary(text)
+        assert encoding.decode(ids) == text and max(ids, default=0) < 391
+    assert encoding.encode("<|bos|>", allowed_special="all") == [391]
+
+
+def test_tok_the_validation_shard_is_not_used(tok_made):
+    """It says zqxj 1,000 times, the training shards never do."""
+    _, out, done = tok_made
+    tokens = load_tiktoken_bpe(str(out / "tokenizer.tiktoken"))
+    assert not [token for token in tokens if b"zq" in token or b"xj" in token]
+    assert "fewer than the 2,000,000,000 characters" in done.stdout and "round trip through tiktoken ok" in done.stdout
+
+
+def test_tok_same_bytes_with_two_workers(tok_made, tmp_path):
+    data, out, _ = tok_made
+    done = tok_run("--data-dir", data, "--out-dir", tmp_path, "--vocab-size", 400, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tokenizer.tiktoken").read_bytes() == (out / "tokenizer.tiktoken").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tok_takes_documents_in_order_until_there_are_enough(tmp_path, workers):
+    """Documents are cut at doc_cap; the one that reaches max_chars is the last; later shards are not even opened."""
+    texts = [str(i) * 30 for i in range(10)]
+    tok_write_shard(tmp_path / "shard_00000.parquet", texts[:5] + [None], rows_per_group=2)
+    tok_write_shard(tmp_path / "shard_00001.parquet", texts[5:], rows_per_group=2)
+    shards = sorted(tmp_path.glob("*.parquet")) + ([tmp_path / "missing.parquet"] if workers == 1 else [])
+    counts, chars, docs, n_shards = tok.count_chunks(shards, 161, 20, workers)
+    assert (chars, docs, n_shards) == (180, 10, 2)  # 9 texts of 20 characters and the missing one, in both shards
+    assert counts == {str(i) * 2: 10 for i in range(9)}
+
+
+def test_tok_finished_tokenizer_is_kept(tok_made):
+    data, out, _ = tok_made
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
+    again = tok_run("--data-dir", data, "--out-dir", out, "--vocab-size", 400)
+    assert again.returncode == 0 and "tokenizer exists, skipped" in again.stdout
+    other = tok_run("--data-dir", data, "--out-dir", out, "--vocab-size", 500)
+    assert other.returncode == 1 and "has 400 ids, not 500" in other.stderr
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()} == before
+
+
+def test_tok_unfinished_tokenizer_is_made_anew(tok_made, tmp_path):
+    """Without config.json, the file that is written last, a tokenizer does not count as there."""
+    data, out, _ = tok_made
+    (tmp_path / "tokenizer.tiktoken").write_text("cut of")
+    assert tok_run("--data-dir", data, "--out-dir", tmp_path, "--vocab-size", 400, "--workers", 1).returncode == 0
+    assert (tmp_path / "tokenizer.tiktoken").read_bytes() == (out / "tokenizer.tiktoken").read_bytes()
+
+
+def test_tok_defaults_lie_under_the_base_folder(tmp_path):
+    """NANOCHAT_BASE_DIR/data/climbmix and NANOCHAT_BASE_DIR/tokenizer; tok.py needs no other file of the project."""
+    tok_write_shard(tmp_path / "base/data/climbmix/shard_00000.parquet", tok_documents(5))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/tok.py").write_text(Path(tok.__file__).read_text())
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    done = subprocess.run([sys.executable, "tok.py", "--vocab-size", "300", "--workers", "1"], cwd=tmp_path / "alone",
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "base/tokenizer/config.json").exists()
+
+
+@pytest.mark.parametrize("moment", ["at once", "counted", "distinct chunks in", "kill -9"])
+def test_tok_sigterm_leaves_all_or_nothing(tmp_path, moment):
+    """Stopped while starting, counting or merging: no file, no part of one, no worker left that holds its stdout."""
+    tok_write_shard(tmp_path / "data/shard_00000.parquet", tok_documents(2000) * 3, rows_per_group=50)
+    command = [sys.executable, tok.__file__, "--data-dir", tmp_path / "data", "--out-dir", tmp_path / "out"]
+    process = subprocess.Popen([*command, "--workers", "2", "--vocab-size", "1000"], stdout=subprocess.PIPE, text=True)
+    line = "at once"
+    while moment not in line and (moment != "kill -9" or "counted" not in line):
+        line = process.stdout.readline()
+    process.send_signal(signal.SIGKILL if moment == "kill -9" else signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+# ---- tok.py: what a user can get wrong -------------------------------------------------------------------------------
+
+def tok_damage(folder, kind):
+    """Make a data folder of that kind and return the arguments that go with it."""
+    data, out = folder / "data", folder / "out"
+    shard = data / "shard_00001.parquet"
+    if kind != "no data folder":
+        tok_write_shard(data / "shard_00000.parquet", tok_documents(10))
+    if kind == "no training shard":
+        (data / "shard_00000.parquet").rename(data / "shard_06542.parquet")
+    if kind == "shard of no bytes":
+        shard.write_bytes(b"")
+    if kind == "shard without documents":
+        tok_write_shard(shard, [])
+    if kind == "shard cut short":
+        shard.write_bytes((data / "shard_00000.parquet").read_bytes()[:-100])
+    if kind == "shard damaged inside":
+        raw = (data / "shard_00000.parquet").read_bytes()
+        shard.write_bytes(raw[:4] + bytes(200) + raw[204:])
+    if kind == "shard without the column":
+        pq.write_table(pa.table({"content": ["text"]}), shard)
+    if kind == "out folder is a file":
+        out.write_text("mine")
+    return ["--data-dir", data, "--out-dir", out, "--vocab-size", 3000 if kind == "too little text" else
+            100 if kind == "vocabulary too small" else 70_000 if kind == "vocabulary too large" else 300]
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("no data folder", "pretrain.py --fetch 8"), ("no training shard", "pretrain.py --fetch 8"),
+    ("shard of no bytes", "shard_00001.parquet"), ("shard without documents", "shard_00001.parquet"),
+    ("shard cut short", "shard_00001.parquet"), ("shard damaged inside", "shard_00001.parquet"),
+    ("shard without the column", "shard_00001.parquet"), ("out folder is a file", "--out-dir"),
+    ("too little text", "--vocab-size"), ("vocabulary too small", "--vocab-size"),
+    ("vocabulary too large", "--vocab-size")])
+def test_tok_bad_input_gives_one_line(tmp_path, kind, says):
+    """One line on stderr that names what is wrong, a non-zero exit, and no tokenizer."""
+    done = tok_run(*tok_damage(tmp_path, kind), "--workers", 1)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+    assert not (tmp_path / "out").is_dir() or not list((tmp_path / "out").iterdir())
+    assert kind != "out folder is a file" or (tmp_path / "out").read_text() == "mine"
+
+
+def test_tok_a_worker_reports_a_damaged_shard_in_one_line(tmp_path):
+    done = tok_run(*tok_damage(tmp_path, "shard damaged inside"), "--workers", 2)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1 and "shard_00001.parquet" in done.stderr, done.stderr
+
+
+def test_tok_too_little_text_names_a_size_that_works(tmp_path):
+    args = tok_damage(tmp_path, "too little text") + ["--workers", 1]
+    size = int(regex.search(r"give --vocab-size (\d+)", tok_run(*args).stderr)[1])
+    args[args.index("--vocab-size") + 1] = size + 1
+    assert tok_run(*args).returncode != 0
+    args[args.index("--vocab-size") + 1] = size
+    assert tok_run(*args).returncode == 0
+
+
+# ==== eval.py ===============================================================================================
+
+EVAL_SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+                "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+EVAL_SIZES = ev.Sizes((0.5, 1, 2, 4), depths=5, prompts=2, few=1, documents=4, fit_documents=2, spans=2, questions=3, words=3, new_tokens=24)
+
+
+def eval_base_dir(folder, monkeypatch):
+    """A base folder with a byte tokenizer and a validation shard of 40 documents, 3 of them long."""
+    import base64
+    import pyarrow as pa, pyarrow.parquet as pq
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    tokens = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    m.atomic_write(folder / "tokenizer" / "tokenizer.tiktoken", tokens)
+    m.atomic_write(folder / "tokenizer" / "config.json", json.dumps({
+        "pat_str": r"\p{N}{1,2}| ?\p{L}+|\s|[^\s\p{L}\p{N}]", "special_tokens": {name: 256 + i for i, name in enumerate(EVAL_SPECIAL)}}))
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(200)]
+    texts = [" ".join(rng.choices(words, k=n)) + "." for n in [400, 390, 380, 370, 360, 350] + [60] * 34]
+    rng.shuffle(texts)
+    (folder / "data" / "climbmix").mkdir(parents=True)
+    pq.write_table(pa.table({"text": texts}), folder / "data" / "climbmix" / "shard_06542.parquet")
+    return m.load_tokenizer(folder / "tokenizer")
+
+
+def eval_model(seed=0, use_rope=True):
+    """A random model of training length 256 whose blocks do something (fresh ones begin as the identity)."""
+    torch.manual_seed(seed)
+    model = m.GPT(m.GPTConfig(256, 265, 2, 2, 2, 64), use_rope)
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) * p.size(-1) ** -0.5)
+    return model.eval()
+
+
+def eval_checkpoint(folder, tag, seed=0, use_rope=True, stage="base_checkpoints", step=10, train_len=256):
+    model = eval_model(seed, use_rope)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    m.save_checkpoint(folder / stage / tag, step, model, optimizer, {}, dict(
+        step=step, val_bpb=None, model_config=asdict(model.config), user_config={}, max_seq_len=train_len, loop_state={"use_rope": use_rope}))
+    return model
+
+
+def eval_texts(folder, monkeypatch):
+    enc = eval_base_dir(folder, monkeypatch)
+    return ev.Texts(folder / "data" / "climbmix" / "shard_06542.parquet", enc, EVAL_SIZES)
+
+
+class EvalCopier(torch.nn.Module):
+    """Foresees the token that followed the longest earlier match of what it has just read, in the last `window` tokens."""
+
+    def __init__(self, window=None):
+        super().__init__()
+        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([torch.nn.Identity()])})
+        self.lm_head, self.window = torch.nn.Linear(1, 265), window
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, 265)
+        for b, row in enumerate(ids.tolist()):
+            for t in range(max(0, len(row) - 160), len(row)):       # the answers are near the end
+                seen = row[max(0, t + 1 - self.window) if self.window else 0:t + 1]
+                text, size = bytes(x % 256 for x in seen), 1
+                place = -1
+                while size < len(text) and (found := text.rfind(text[-size:], 0, len(text) - 1)) >= 0:
+                    place, size = found + size, size + 1
+                if place >= 0:
+                    logits[b, t, seen[place]] = 14.0
+        return self.transformer.h[-1](logits)
+
+
+# ---- eval: statistics
+
+def test_eval_wilson_equals_hand_worked_intervals():
+    # 8 of 10, z = 1.96: centre (8 + 1.9208) / 13.8416 = 0.716738, half width 1.96 / 13.8416 x sqrt(1.6 + 0.9604) = 0.226581
+    assert ev.wilson(8, 10) == pytest.approx([0.8, 0.490157, 0.943319], abs=2e-6)
+    assert ev.wilson(0, 10) == pytest.approx([0.0, 0.0, 3.8416 / 13.8416]) and ev.wilson(10, 10) == pytest.approx([1.0, 10 / 13.8416, 1.0])
+
+
+def test_eval_mcnemar_equals_hand_worked_binomials():
+    a, b = [True] * 9 + [False] + [True] * 50 + [False] * 7, [False] * 9 + [True] + [True] * 50 + [False] * 7
+    assert ev.mcnemar(a, b) == 2 * (1 + 10) / 1024                  # 9 to 1: only prompts that differ count
+    assert ev.mcnemar(a, a) == 1.0 and ev.mcnemar([True, False], [False, True]) == 1.0
+    assert ev.mcnemar([True] * 6, [False] * 6) == 2 / 64
+
+
+def test_eval_bootstrap_interval_is_the_textbook_one_of_a_mean_and_pairs_differences():
+    x = np.random.default_rng(1).normal(5, 1, 400)
+    mean, low, high = ev.ratio(x, np.ones(400))
+    assert mean == pytest.approx(x.mean()) and low < mean < high and abs(high - low - 2 * 1.96 * x.std() / 20) < 0.02
+    assert ev.ratio(np.array([3.0, 1.0]), np.array([1.0, 3.0]))[0] == 1.0            # a ratio of sums, not a mean of ratios
+    y = x + 0.1 + np.random.default_rng(2).normal(0, 0.01, 400)
+    assert ev.ratio(y - x, np.ones(400))[1] > 0.09                                   # a small but steady difference is seen
+
+
+# ---- eval: beta and the remedies
+
+def test_eval_without_scale_and_remedy_changes_no_bit():
+    ids = torch.randint(0, 265, (2, 700))
+    for use_rope in (True, False):
+        model = eval_model(use_rope=use_rope)
+        expected = model(ids)
+        ev.set_arm(model, n_train=256)
+        assert torch.equal(model(ids), expected)
+
+
+def test_eval_arms_change_nothing_up_to_the_training_length_and_something_beyond():
+    model, ids = eval_model(), torch.randint(0, 265, (1, 600))
+    short, long = model(ids[:, :256]), model(ids)
+    for c, remedy in ((0.4, ""), (0.0, "pi"), (0.0, "ntk"), (0.2, "yarn")):
+        ev.set_arm(model, 256, c, remedy)
+        assert torch.equal(model(ids[:, :256]), short) and not torch.allclose(model(ids), long, atol=1e-3)
+    ev.set_arm(model, 256, c=0.4)
+    assert torch.allclose(model(ids)[:, :256], long[:, :256], atol=1e-5)    # beta grows with the query's position only
+    model.use_rope = False                                                 # it works without RoPE too
+    ev.set_arm(model, 256)
+    dropped = model(ids)
+    ev.set_arm(model, 256, c=0.4)
+    assert not torch.allclose(model(ids), dropped, atol=1e-3)
+
+
+def test_eval_scaled_attention_equals_the_formula_written_out():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 40, 8).double()
+    got = ev.scaled_attend(q, k, v, c=0.3, n_train=16)
+    for t in range(40):
+        beta = max(1.0, 1 + 0.3 * math.log((t + 1) / 16))
+        weights = (beta * q[:, :, t:t + 1] @ k[:, :, :t + 1].transpose(2, 3) / 8 ** 0.5).softmax(-1)
+        assert torch.allclose(got[:, :, t:t + 1], weights @ v[:, :, :t + 1], atol=1e-6)
+
+
+def test_eval_remedied_angles():
+    """Position interpolation halves all frequencies at 2 x; NTK and YaRN keep the fastest and slow down the slowest."""
+    angle = lambda remedy, T: [torch.atan2(sin, cos)[1] for cos, sin in [ev.remedied_tables(T, 64, "cpu", remedy, n_train=256)]][0]
+    plain = angle("", 512)                                          # of position 1: the frequencies
+    assert torch.allclose(angle("pi", 512), plain / 2)
+    for remedy in ("ntk", "yarn"):
+        ratio = plain / angle(remedy, 512)
+        assert torch.allclose(ratio[[0, -1]], torch.tensor([1.0, 2.0]), atol=1e-4) and (ratio.diff() > -1e-4).all()
+        assert torch.equal(angle(remedy, 256), plain)
+
+
+def test_eval_last_logits_are_those_of_the_model():
+    model, ids = eval_model(), torch.randint(0, 265, (2, 100))
+    assert torch.allclose(ev.last_logits(model, ids, 7), model(ids)[:, -7:], atol=1e-6)
+    assert model(ids).shape == (2, 100, 265)                        # and nothing stays behind
+
+
+# ---- eval: bits per byte
+
+def test_eval_bits_per_byte_equal_those_of_pretraining(tmp_path, monkeypatch):
+    texts, model = eval_texts(tmp_path, monkeypatch), eval_model()
+    summary, examples = ev.bits_per_byte(model, texts, 256, [1, 4], 4)
+    for multiple in (1, 4):
+        rows = [torch.tensor([texts.bos] + d[-256 * multiple:]) for d in texts.documents]
+        batches = [(r[None, :-1], F.pad(r[None, -32:], (len(r) - 33, 0), value=-1)) for r in rows]    # an eighth of 256 targets
+        expected = m.bits_per_byte(model, batches, texts.nbytes, m.Env(0, 1, torch.device("cpu"), torch.float32, None))
+        assert summary[str(multiple)]["bpb"][0] == pytest.approx(expected, rel=1e-6)
+    assert summary["4"]["n"] == 4 and summary["4"]["change"][0] == pytest.approx(summary["4"]["bpb"][0] - summary["1"]["bpb"][0])
+    assert {e["bytes"] for e in examples} == {32.0}                 # this tokenizer's tokens are bytes
+
+
+def test_eval_documents_to_fit_on_are_never_tested_on(tmp_path, monkeypatch):
+    texts = eval_texts(tmp_path, monkeypatch)
+    assert len(texts.fit) == 2 and len(texts.documents) == 4 and not any(d in texts.documents for d in texts.fit)
+    assert not any(texts.enc.decode(d) in texts.enc.decode(texts.hay) for d in texts.fit + texts.documents)
+
+
+def test_eval_scale_is_the_one_of_least_loss(tmp_path, monkeypatch):
+    texts, model = eval_texts(tmp_path, monkeypatch), eval_model()
+    fit, examples = ev.fit_scale(model, texts, 256, [1, 2, 4])
+    assert tuple(fit["losses"]) == ev.SCALES and fit["n"] == 2
+    assert fit["losses"][fit["c"]] == min(fit["losses"].values())
+    ids = torch.tensor([[texts.bos] + texts.fit[0][-1024:]])
+    loss = F.cross_entropy(eval_model()(ids[:, :-1])[0, 256:], ids[0, 257:], reduction="sum")       # all targets beyond 256
+    assert examples[0]["nats"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+# ---- eval: needles and induction
+
+def test_eval_prompts_are_the_same_for_every_tag(tmp_path, monkeypatch):
+    texts = eval_texts(tmp_path, monkeypatch)
+    random.seed(1)
+    one = [ev.make_prompt(texts, 512, depth, i, pairs) for depth in (0.1, 0.9) for i in (0, 1) for pairs in (1, 4)]
+    random.seed(2)
+    torch.manual_seed(3)
+    two = [ev.make_prompt(texts, 512, depth, i, pairs) for depth in (0.1, 0.9) for i in (0, 1) for pairs in (1, 4)]
+    assert one == two and len({tuple(p[0]) for p in one}) == 8
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_eval_prompt_holds_needles_questions_and_answers(tmp_path, monkeypatch, pairs):
+    texts = eval_texts(tmp_path, monkeypatch)
+    ids, spans, reach, blank = ev.make_prompt(texts, 600, 0.5, 0, pairs)
+    assert len(ids) == len(blank) == 601 and ids[0] == blank[0] == texts.bos and spans[-1][1] == 601
+    assert len(spans) == len(reach) == pairs
+    for (a, b), back in zip(spans, reach):
+        answer, needle = texts.enc.decode(ids[a:b]), texts.enc.decode(ids[600 - back:])
+        assert len(answer) == 4 and needle.startswith("\nThe secret number of ") and needle.split(".")[0].endswith(" is " + answer)
+        question = texts.enc.decode(ids[:a]).rsplit("\n", 1)[1]
+        assert needle[1:].startswith(question) and blank[a:b] == ids[a:b]
+        assert texts.enc.decode(blank).count(question + answer) == 1    # only asked, never told
+    assert ev.make_prompt(texts, 60, 0.5, 0, pairs) is None
+
+
+def test_eval_exact_match_by_teacher_forcing_equals_greedy_generation(tmp_path, monkeypatch):
+    texts, model = eval_texts(tmp_path, monkeypatch), eval_model()
+
+    def greedy(prompt, n):
+        for _ in range(n):
+            prompt = prompt + [model(torch.tensor([prompt]))[0, -1].argmax().item()]
+        return prompt
+    cases = []
+    for seed in range(12):                                          # answers that the model gives, and some that it does not
+        prompt = random.Random(seed).choices(range(256), k=20)
+        answer = greedy(prompt, 4)[20:]
+        if seed % 3:
+            answer[seed % 4] = (answer[seed % 4] + 1) % 256
+        cases.append((prompt + answer, [(20, 24)]))
+    for (ids, _), [(exact, nats, _)] in zip(cases, ev.answers(model, texts, cases)):
+        assert exact == (greedy(ids[:20], 4) == ids)
+        logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        assert nats == pytest.approx(-sum(logp[t - 1, ids[t]].item() for t in range(20, 24)), abs=1e-4)
+
+
+def test_eval_a_perfect_copier_finds_all_and_a_random_model_nothing(tmp_path, monkeypatch):
+    texts = eval_texts(tmp_path, monkeypatch)
+    summary, examples = ev.needle(EvalCopier(), texts, 256, [0.5, 1, 4], EVAL_SIZES, 2)
+    assert [s["rate"][0] for s in summary.values()] == [s["digits"] for s in summary.values()] == [1.0] * 3 and len(examples) == 30
+    assert all(s["nats"] < 0.01 and s["gain"][1] > 0.5 for s in summary.values())    # without the needle it cannot know
+    summary, _ = ev.needle(EvalCopier(), texts, 256, [1, 4], EVAL_SIZES, 1, pairs=4)
+    assert list(summary) == ["4"] and summary["4"]["rate"][0] == summary["4"]["all"][0] == 1.0      # 1 x 256 bytes has no room for four
+    summary, _ = ev.needle(eval_model(), texts, 256, [1, 4], EVAL_SIZES, 2)
+    assert all(s["rate"][0] == 0 and s["rate"][1] <= 1e-4 <= s["rate"][2] and s["digits"] < 0.3 for s in summary.values())
+
+
+def test_eval_a_copier_of_the_last_tokens_only_reaches_the_cropping_ceiling(tmp_path, monkeypatch):
+    texts = eval_texts(tmp_path, monkeypatch)
+    summary, _ = ev.needle(EvalCopier(window=256), texts, 256, [1, 2, 4], EVAL_SIZES, 2)
+    assert [s["rate"][0] for s in summary.values()] == [s["ceiling"] for s in summary.values()] == [1.0, 0.4, 0.2]
+
+
+def test_eval_induction_of_a_copier_and_of_a_random_model(tmp_path, monkeypatch):
+    texts = eval_texts(tmp_path, monkeypatch)
+    copied, _ = ev.induction(EvalCopier(), texts, [64, 256], 2)
+    guessed, _ = ev.induction(eval_model(), texts, [64, 256], 2)
+    assert list(copied) == ["64", "256"] and all(x["rate"][0] > 0.9 for x in copied.values())
+    assert all(x["rate"][0] < 0.1 for x in guessed.values())
+
+
+# ---- eval: the calculator
+
+@pytest.mark.parametrize("call, result", [
+    ("2+3*4", "14"), ("(1.5 - 0.5) / 4", "0.25"), ("10/2", "5"), ("-3**2", "-9"), ("7//2", "3"), ("7 % 4", "3"), ("0.1+0.2", "0.3"),
+    ("'strawberry'.count('r')", "3"), ('"banana".count("an")', "2"), ("1_000*2", "2000"), (" 50*2 ", "100"), ("+-+5", "-5")])
+def test_eval_calculator_works_out(call, result):
+    assert ev.calculator(call) == result
+
+
+@pytest.mark.parametrize("call", [
+    "", "x", "print(1)", "__import__('os').system('true')", "open('/etc/passwd').read()", "().__class__.__bases__[0]", "'a'.__class__",
+    "'a'.join('b')", "'a'.upper()", "'a'.count", "'a'.count('a', 0)", "'a'.count(sub='a')", "'a'.count(*'a')", "'a'.count(b'a')", "b'a'.count(b'a')",
+    "f'{1}'.count('1')", "'a'.count(f'{1}')", "'a'.upper().count('A')", "'a'*9", "'a'+'b'", "'%s' % 1", "[1].count(1)", "(1,2)", "{1}", "{}", "[i for i in (1,)]",
+    "lambda: 1", "1 if 1 else 2", "1 < 2", "1 and 2", "not 1", "~1", "1 << 9", "5 & 3", "True", "True+1", "None", "...", "1j", "1j*1j", "(-8)**0.5", "x := 1",
+    "1; 2", "1\n2", "import os", "await x", "yield", "1/0", "0**-1", "1e999", "-1e999", "1e999-1e999", "9**9**9**9", "2**65", "10**6**64", "1e14*100", "9" * 60,
+    "9" * 5000, "(" * 150 + "1" + ")" * 150, "1+" * 5000 + "1", "-" * 199 + "x", "int('5')", "abs(-5)", "1 .real", "(1).bit_length()", "'\\ud800'.x", "1\0", "\ud800"])
+def test_eval_calculator_refuses_all_but_arithmetic_and_count(call):
+    assert ev.calculator(call) is None
+
+
+def test_eval_tool_writes_the_output_after_a_finished_call_and_only_then():
+    class Tokenizer:                                                # characters are tokens
+        convert_tokens_to_ids = staticmethod(lambda names: [256 + EVAL_SPECIAL.index(x) for x in names])
+        decode = staticmethod(lambda ids: bytes(ids).decode())
+        encode = staticmethod(lambda text, add_special_tokens: list(text.encode()))
+    start, end, output, output_end = range(261, 265)
+    tool = ev.PythonTool(Tokenizer, 3)
+    rows = [[0, start, *b"6*7", end], [start, *b"os.x()", end], [end, *b"abcdef", start]]
+    rows = [[0] * (8 - len(r)) + r for r in rows]
+    for expected in (output, *b"42", output_end, None):
+        free = torch.randn(3, 265)
+        scores = tool(torch.tensor(rows), free.clone())
+        assert torch.equal(scores[1:], free[1:])                    # refused, and not finished: the model goes on by itself
+        assert torch.equal(scores[0], free[0]) if expected is None else scores[0].argmax() == expected and scores[0].isinf().sum() == 264
+        rows = [r + [scores[i].argmax().item() % 256 if i else expected or 0] for i, r in enumerate(rows)]
+
+
+# ---- eval: a whole run
+
+def eval_run(monkeypatch, capsys, *args):
+    monkeypatch.setattr("sys.argv", ["eval.py", *args])
+    monkeypatch.setattr(ev, "QUICK", replace(EVAL_SIZES, prompts=1))
+    ev.main()
+    return capsys.readouterr().out
+
+
+def test_eval_run_writes_table_figures_and_examples_and_does_not_repeat_itself(tmp_path, monkeypatch, capsys):
+    eval_base_dir(tmp_path, monkeypatch)
+    eval_checkpoint(tmp_path, "t", train_len=128)
+    eval_checkpoint(tmp_path, "t_drope_50", seed=1, use_rope=False, train_len=128)
+
+    # an interruption keeps the sections that are finished
+    run = ev.needle
+    monkeypatch.setattr(ev, "needle", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        eval_run(monkeypatch, capsys, "t", "t_drope_50", "--quick")
+    monkeypatch.setattr(ev, "needle", run)
+    folder = tmp_path / "base_checkpoints" / "t"
+    half = json.loads((folder / "eval_quick.json").read_text())["sections"]
+    assert list(half) == ["scale plain", "bpb plain"]
+    with monkeypatch.context() as patch:
+        first, again = ev.bits_per_byte, []
+        patch.setattr(ev, "bits_per_byte", lambda *a: again.append(a[3]) or first(*a))
+        out = eval_run(monkeypatch, capsys, "t", "t_drope_50", "missing", "--quick")
+    assert again.count((0.5, 1, 2, 4)) == 1                         # not again of t as trained, but of t_drope_50
+
+    # eval.json and an example for each prompt
+    sections = json.loads((folder / "eval_quick.json").read_text())["sections"]
+    assert sections["bpb plain"] == half["bpb plain"]
+    assert {f"{kind} {arm}{beta}" for kind in ("bpb", "needle") for arm in ("plain", "pi", "ntk", "yarn") for beta in ("", " beta")} < set(sections)
+    assert not any("ntk" in name for name in json.loads((tmp_path / "base_checkpoints/t_drope_50/eval_quick.json").read_text())["sections"])
+    assert len((folder / "eval_quick" / "needle_plain.jsonl").read_text().splitlines()) == 3 * 5        # 0.5 x 128 bytes are too short
+    assert sections["needle ntk beta"]["1"] == sections["needle plain"]["1"] and sections["needle ntk beta"]["4"]["n"] == 5
+
+    # the table: a row a tag, '-' where nothing was run, and which figure counts
+    table = (tmp_path / "eval" / "results_quick.md").read_text()
+    assert table in out and json.loads((tmp_path / "eval" / "results_quick.json").read_text())["t"]["needle plain"] == sections["needle plain"]
+    rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in reversed(table.splitlines()) if line.startswith("| ")}
+    assert rows["t"][1] == "on" and rows["t_drope_50"][1] == "off" and set(rows["missing"][1:]) == {"-"} and "NLL" in rows["t"][5]
+    assert "t_drope_50: not judged" in table
+
+    # figures that show something
+    import matplotlib.image
+    for name in ("contexts_quick.png", "drop_quick.png"):
+        image = matplotlib.image.imread(tmp_path / "eval" / name)[:, :, :3]
+        assert image.shape[1] > 500 and len(np.unique((image.reshape(-1, 3) * 255).astype(int), axis=0)) > 20
+
+    # nothing is done twice, until the checkpoint is another
+    monkeypatch.setattr(ev, "make_figures", lambda *a: None)
+    for name in ("needle", "bits_per_byte", "induction", "fit_scale"):
+        monkeypatch.setattr(ev, name, lambda *a, **k: pytest.fail("done again"))
+    assert "bpb plain: " not in eval_run(monkeypatch, capsys, "t", "t_drope_50", "--quick")
+    eval_run(monkeypatch, capsys, "--table", "--quick", "missing", "t")
+    for name in ("needle", "bits_per_byte", "induction", "fit_scale"):
+        monkeypatch.setattr(ev, name, lambda *a, name=name, **k: ({"c": 0} if name == "fit_scale" else {"1": {"done": "again"}}, []))
+    monkeypatch.setattr(ev, "make_table", lambda *a: "")
+    eval_checkpoint(tmp_path, "t", seed=5, train_len=128)                           # the same step, other weights
+    assert "another checkpoint" in eval_run(monkeypatch, capsys, "t", "--quick")
+    assert json.loads((folder / "eval_quick.json").read_text())["sections"]["needle plain"]["1"]["done"] == "again"
+
+
+def test_eval_says_what_is_missing_in_a_line(tmp_path, monkeypatch, capsys):
+    eval_base_dir(tmp_path, monkeypatch)
+    for args, words in ((["nothing", "--quick"], "nothing evaluated"), ([], "which tags"), (["--quick", "t", "--sead", "1"], "unrecognized")):
+        with pytest.raises(SystemExit) as stop:
+            eval_run(monkeypatch, capsys, *args)
+        assert words in str(stop.value) and "\n" not in str(stop.value)
+    assert "python pretrain.py --tag nothing" in capsys.readouterr().err
+    eval_checkpoint(tmp_path, "t")
+    (tmp_path / "data/climbmix/shard_06542.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(SystemExit, match="shard_06542.parquet cannot be read"):
+        eval_run(monkeypatch, capsys, "t", "--quick")
+    assert not (tmp_path / "base_checkpoints" / "t" / "eval_quick.json").exists()
+
+
+def test_eval_command_line_takes_tags_and_options_in_any_order():
+    for args in (["a", "b", "--quick", "--train-len", "64"], ["--train-len", "64", "a", "--quick", "b", "a"]):
+        tags, config = ev.command_line(args)
+        assert tags == ["a", "b"] and config.quick and not config.table and config.train_len == 64
+
+
+def test_eval_base_of_a_long_tag_is_that_of_the_tag_without_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    places = ev.places("d18_20tpp_drope_50_long")
+    assert places["base"][0] == tmp_path / "base_checkpoints" / "d18_20tpp_drope_50"
+    assert places["chat"] == (tmp_path / "hf_sft" / "d18_20tpp_drope_50_long", tmp_path / "chatsft_checkpoints" / "d18_20tpp_drope_50_long")
+
+
+# ---- eval: when a win is called
+
+def eval_found(folder, found_by_drope, found_by_ntk, at_1x=0.9):
+    """Two evaluated tags with 40 needles at 4 x, of which so many were found."""
+    results = {}
+    for tag, use_rope, arm, count in (("d_9tpp", True, "ntk", found_by_ntk), ("d_9tpp_drope_50", False, "plain", found_by_drope)):
+        for name in ("needle_plain", f"needle_{arm}_beta"):
+            m.atomic_write(folder / tag / f"{name}.jsonl", "".join(json.dumps(
+                {"length": 4, "depth": i, "i": 0, "exact": [i < (count if "beta" in name else 3)]}) + "\n" for i in range(40)))
+        at_4x = {"n": 40, "rate": ev.wilson(count, 40), "ceiling": 0.2, "nats": 1, "gain": [1, 1, 1]}
+        results[tag] = {"base": {"use_rope": use_rope, "texts": "same", "n_train": 256}, "examples": folder / tag,
+                        "sections": {"needle plain": {"1": {**at_4x, "rate": [at_1x] * 3}, "4": at_4x}, f"needle {arm} beta": {"4": at_4x}}}
+    return results
+
+
+def test_eval_a_win_has_to_beat_cropping_and_ntk_with_beta(tmp_path):
+    [line] = ev.verdicts(eval_found(tmp_path / "a", 30, 15), [1, 4])
+    assert "**a win**" in line and "0.75 against 0.38" in line and "above the cropping ceiling of 0.20" in line
+    [line] = ev.verdicts(eval_found(tmp_path / "b", 30, 28), [1, 4])     # NTK does as well
+    assert "**no win**" in line
+    [line] = ev.verdicts(eval_found(tmp_path / "c", 10, 0), [1, 4])      # better than NTK, but cropping could give as much
+    assert "**no win**" in line and "not above" in line
+    [line] = ev.verdicts(eval_found(tmp_path / "d", 30, 0, at_1x=0.1), [1, 4])
+    assert "not judged" in line and "win" not in line
+    found = eval_found(tmp_path / "e", 30, 0)
+    found["d_9tpp"]["base"]["texts"] = "other"                          # other prompts cannot be compared
+    [line] = ev.verdicts(found, [1, 4])
+    assert "**no win**" in line and "not run" in line
+
+
+# ---- eval: through the export
+
+def test_eval_of_an_export_equals_that_of_its_checkpoint(tmp_path, monkeypatch):
+    import export_hf
+    enc = eval_base_dir(tmp_path, monkeypatch)
+    model = eval_checkpoint(tmp_path, "t", use_rope=False)
+    folder = export_hf.export("base", "t")
+    loaded = ev.load_export(folder, enc, 256, torch.float32)
+    rounded = eval_model(use_rope=False)
+    rounded.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    ids = torch.randint(0, 265, (2, 50))
+    assert loaded.use_rope is False and torch.equal(loaded(ids), rounded(ids)) and ev.places(str(folder)) == {"base": (folder, folder)}
+
+
+def test_eval_chat_sections_through_the_export(tmp_path, monkeypatch, capsys):
+    """Choices and answers of a batch are those of a row alone; absent questions are skipped with a line and shown as '-'."""
+    import export_hf, sft
+    eval_base_dir(tmp_path, monkeypatch)
+    model = eval_checkpoint(tmp_path, "t", stage="chatsft_checkpoints")
+    folder = export_hf.export("sft", "t")
+    ask = lambda text, answer: [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    letters = [ask(f"Multiple Choice question: {q}\n- x=A\n- y=B\n- z=C\n\nRespond only with the letter of the correct answer.", "B") for q in ("a", "bb" * 20, "ccc")]
+    numbers = [ask(f"How many {q}?", [{"type": "text", "text": "so\n\n#### 1,234"}]) for q in ("a", "bb" * 20, "ccc")]
+    chat = ev.Chat(folder, m.Env(0, 1, torch.device("cpu"), torch.float32, None))
+    summary, examples = chat.choose(letters)
+    assert summary["n"] == 3 and summary["rate"][0] == np.mean([e["answer"] == "B" for e in examples])
+    enc = m.load_tokenizer(tmp_path / "tokenizer")
+    model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    for e in examples:
+        start = [enc.encode_single_token(EVAL_SPECIAL[3])]
+        logits = model(torch.tensor([sft.render(enc, [{"role": "user", "content": e["question"]}])[0] + start]))[0, -1]
+        assert e["answer"] == max("ABC", key=lambda x: logits[ord(x)])
+    summary, together = chat.answer(numbers, 24)
+    alone = [chat.answer([c], 24)[1][0] for c in numbers]
+    assert sorted(together, key=str) == sorted(alone, key=str) and {e["expected"] for e in together} == {"1234"} and "stops" in summary
+
+    # a call that is finished gets its output written by the tool, inside of generate() and in its own row only
+    pad, calls = chat.batches, [[261, *b"6*7", 262], [261, *b"os.x()", 262], [261, *b"(1+2)/4", 262]]
+
+    def batches(conversations, size):
+        for some, _ in pad(conversations, size):
+            rows = [[0] * (12 - len(c)) + c for c in calls]
+            yield some, dict(input_ids=torch.tensor(rows), attention_mask=torch.ones(3, 12, dtype=torch.long))
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "batches", batches)
+        got = [e["answer"] for e in chat.answer(numbers, 8)[1]]
+    assert got[0].startswith("<|output_start|>42<|output_end|>") and got[2].startswith("<|output_start|>0.75<|output_end|>")
+    assert "<|output_start|>" not in got[1]
+
+    monkeypatch.setattr(sft, "mmlu", lambda config, split: (3, letters.__getitem__))
+    monkeypatch.setattr(sft, "gsm8k", lambda config, split: (_ for _ in ()).throw(m.FetchError("no network")))
+    monkeypatch.setattr(sft, "spelling_bee", lambda config, split: (3, numbers.__getitem__))
+    eval_run(monkeypatch, capsys, "t", "--quick")
+    data = json.loads((tmp_path / "chatsft_checkpoints" / "t" / "eval_quick.json").read_text())
+    row = (tmp_path / "eval" / "results_quick.md").read_text().splitlines()[4].strip("| ").split(" | ")
+    assert row[0] == "t" and row[11] == ev.interval(data["sections"]["mmlu"]["rate"]) and row[12] == "-" and row[13].startswith("0.00") and row[14][0] in "01"
+    assert set(data["sections"]) == {"mmlu", "bee"} and not list((tmp_path / "eval").glob("*.png"))
+
+
+@pytest.mark.parametrize("text, number", [("so #### 18", "18"), ("#### 1,234.", "1234"), ("#### -5", "-5"), ("a #### 1 b #### 2.5", "2.5"), ("18", None), ("#### x", None)])
+def test_eval_final_number(text, number):
+    assert ev.final_number(text) == number and ev.final_number([{"type": "python", "text": "1"}, {"type": "text", "text": text}]) == number
 
 
 if __name__ == "__main__":
