@@ -321,6 +321,11 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
     same ids, but a rendered chat then needs add_special_tokens=False, and transformers 5 gives ids alone only if
     return_dict=False is said."""
 
+    def __init__(self, *args, **kwargs):
+        if isinstance(kwargs.get("extra_special_tokens"), list):        # 5.x saves under this name what 4.57 calls:
+            kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
+        super().__init__(*args, **kwargs)
+
     def apply_chat_template(self, conversation, *args, return_dict=False, **kwargs):
         """As in the base class; returns ids unless return_dict=True (the default in transformers 4, not in 5)."""
         return super().apply_chat_template(conversation, *args, return_dict=return_dict, **kwargs)

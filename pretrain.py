@@ -12,7 +12,7 @@ an H100's bfloat16 peak.
 DroPE (arXiv:2512.12167): RoPE for the first part of the steps, then none at all; look for "the switch" below. Batch size, learning
 rates and weight decay follow from the depth, the one dial (see `derive`). Left out: mid-training, other optimizers, sharding.
 """
-import gc, json, math, os, re, signal, sys, threading, time
+import gc, json, math, multiprocessing, os, re, signal, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -237,13 +237,13 @@ class PackedRows:
         self.bos = enc.encode_single_token("<|bos|>")
         self.epoch, self.shard, self.group, self.row = state["position"] if state else (0, 0, 0, 0)
         self.tokens, self.cut = state["counts"] if state else (0, 0)
-        self.buffer = np.split(state["tokens"].numpy(), np.cumsum(state["lengths"].numpy())[:-1]) if state and len(state["lengths"]) else []
+        self.buffer = np.split(state["tokens"], np.cumsum(state["lengths"])[:-1]) if state and len(state["lengths"]) else []
         self.texts = self.file = None
 
     def state(self):
         tokens = np.concatenate(self.buffer) if self.buffer else np.empty(0, np.uint16)
         return {"position": (self.epoch, self.shard, self.group, self.row), "counts": (self.tokens, self.cut),
-                "tokens": torch.from_numpy(tokens), "lengths": torch.tensor([len(d) for d in self.buffer])}
+                "tokens": tokens, "lengths": np.array([len(d) for d in self.buffer], np.int64)}
 
     def refill(self):
         """Adds the next 128 documents to the buffer; False after the last of the last epoch."""
@@ -334,7 +334,7 @@ def feed(conn, cfg, shards, paths, rows, state):
 
 def start_loader(cfg, shards, paths, rows, state):
     """The receiving end of the loader's process: recv() gives (rows, state), or (None, why not)."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=feed, args=(send, cfg, shards, paths, rows, state), daemon=True)
     process.start()
@@ -532,7 +532,7 @@ def main():
         loop, metrics_size = meta["loop_state"], meta["metrics_bytes"]
         model.load_state_dict(load_part(source, step, "model", env.device))
         optimizer.load_state_dict(load_part(source, step, "optim", env.device))
-        loader_state = load_part(source, step, "loader")
+        loader_state = {k: v.numpy() if torch.is_tensor(v) else v for k, v in load_part(source, step, "loader").items()}
         model.use_rope = loop["use_rope"]
     if cfg.fp8:
         set_fp8(model, env.device)
@@ -563,7 +563,8 @@ def main():
                 if not torch.isfinite(p).all():
                     sys.exit(f"step {step}: {name} is not finite; nothing was saved. The last good checkpoint is step {max(checkpoint_steps(folder), default=None)}: lower --matrix-lr or --embedding-lr")
             os.fsync(metrics.fileno())
-            save_checkpoint(folder, step, model, optimizer, loader_state, dict(
+            tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in loader_state.items()}
+            save_checkpoint(folder, step, model, optimizer, tensors, dict(
                 step=step, val_bpb=val_bpb, model_config=asdict(config), user_config=asdict(cfg), device_batch_size=micro,
                 max_seq_len=cfg.max_seq_len, total_batch_size=cfg.total_batch_size,
                 dataloader_state_dict=dict(zip(("epoch", "pq_idx", "rg_idx"), loader_state["position"])),

@@ -502,8 +502,7 @@ def test_packing_goes_on_from_its_state(tmp_path, stop_after):
     whole = pretrain.PackedRows(shards, enc, 300, epochs=2)
     for _ in range(stop_after):
         whole.next_row()
-    torch.save(whole.state(), tmp_path / "state.pt")
-    again = pretrain.PackedRows(shards, enc, 300, epochs=2, state=torch.load(tmp_path / "state.pt", weights_only=True))
+    again = pretrain.PackedRows(shards, enc, 300, epochs=2, state=whole.state())
     count = 0
     while (row := whole.next_row()) is not None:
         assert (row == again.next_row()).all()
@@ -711,6 +710,99 @@ def test_a_run_moves_from_one_process_to_two_and_back(drope_run, tiny_base):
     result = script(*args, base=tiny_base)
     assert result.returncode == 0 and "going on from step 12" in result.stdout
     assert losses(folder) == pytest.approx(losses(drope_run / "drope"), rel=1e-4)
+
+
+# ---- Downloads: a small stand-in for the hub ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tiny_base, tmp_path, monkeypatch):
+    """Serves tiny_base's shards as the hub does. hub.faults: a list of what happens to the next answers with file content:
+    a status, "cut" (half the body), "short" (10 bytes less, said so), "corrupt" (a flipped byte). hub.log: the paths asked for."""
+    import hashlib, threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    folder, sha = tiny_base / "data" / "climbmix", "c0ffee" * 6 + "c0ff"
+    files = {p.name: p.read_bytes() for p in folder.glob("*.parquet")}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        def log_message(self, *args): pass
+        def answer(self, status, body=b"", **headers):
+            self.send_response(status)
+            for key, value in {"Content_Length": len(body), **headers}.items():
+                self.send_header(key.replace("_", "-"), str(value))
+            self.end_headers()
+            self.wfile.write(body if self.command != "HEAD" else b"")
+        def do_GET(self):
+            server.log.append(self.path)
+            name = self.path.split("/")[-1].split("?")[0]
+            if "/api/datasets/" in self.path:
+                siblings = [{"rfilename": n, "size": len(b), "blobId": "0" * 40, "lfs": {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b), "pointerSize": 1}}
+                            for n, b in files.items()]
+                return self.answer(200, json.dumps({"_id": "1", "id": "x/y", "sha": sha, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}).encode())
+            if name not in files:
+                return self.answer(404)
+            body = files[name]
+            headers = {"X_Repo_Commit": sha, "ETag": '"' + hashlib.sha256(body).hexdigest() + '"', "X_Linked_Size": len(body)}
+            if self.command == "HEAD":
+                headers["Content_Length"] = len(body)
+                return self.answer(200, b"", **headers)
+            fault = server.faults.pop(0) if server.faults else None
+            if isinstance(fault, int):
+                return self.answer(fault, b"", Retry_After=1)
+            if fault == "short":
+                return self.answer(200, body[:-10], **headers)
+            if fault == "corrupt":
+                return self.answer(200, body[:50] + bytes([body[50] ^ 1]) + body[51:], **headers)
+            if fault == "cut":
+                self.answer(200, body[:len(body) // 2], **headers, Content_Length=len(body))
+                self.close_connection = True
+                return
+            self.answer(200, body, **headers)
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.faults, server.log, server.files, server.revision = [], [], files, sha
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_shards_come_whole_past_every_fault(hub, tmp_path):
+    hub.faults = [429, 503, "cut", "short", "corrupt"]
+    result = script("pretrain.py", "--fetch", 2, "--patience", 60, base=tmp_path, env=hub.env)
+    assert result.returncode == 0, result.stderr
+    got = {p.name: p.read_bytes() for p in (tmp_path / "data" / "climbmix").glob("*.parquet")}
+    assert got == {n: hub.files[n] for n in ("shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet")} and not hub.faults
+    assert json.loads((tmp_path / "data" / "climbmix" / "index.json").read_text())["revision"] == hub.revision
+    asked = len(hub.log)
+    assert script("pretrain.py", "--fetch", 2, base=tmp_path, env=hub.env).returncode == 0 and len(hub.log) == asked     # nothing is asked twice
+
+
+def test_a_shard_that_never_comes_is_named(hub, tmp_path):
+    hub.faults = ["corrupt"] * 99
+    result = script("pretrain.py", "--fetch", 1, "--patience", 2, base=tmp_path, env=hub.env)
+    assert result.returncode == 1 and "shard_00000.parquet" in result.stderr.splitlines()[-1] and "hash" in result.stderr.splitlines()[-1]
+    assert not list((tmp_path / "data" / "climbmix").glob("*.parquet"))
+
+
+def test_training_fetches_ahead_and_a_hub_that_goes_away_costs_no_step(hub, tiny_base, tmp_path):
+    """The hub serves the first shard and dies; the run trains on what is there, waits, saves, says why, and later goes on to the same end."""
+    import shutil
+    shutil.copytree(tiny_base / "tokenizer", tmp_path / "tokenizer")
+    args = [a if a != "local" else "x/y" for a in TINY] + ["--tpp", 12 * STEPS_20, "--patience", 3, "--tag", "hub", "--save-every", 1000]
+    hub.faults = [None, None] + [503] * 999                 # the first training shard and the validation shard come
+    result = script("pretrain.py", *args, base=tmp_path, env=hub.env)
+    assert result.returncode == 1 and "shard_00001.parquet" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
+    saved = max(M.checkpoint_steps(tmp_path / "base_checkpoints" / "hub"))
+    assert 60 < saved < 246 and f"stopped at step {saved}" in result.stderr
+    hub.faults = []
+    result = script("pretrain.py", *args, base=tmp_path, env=hub.env)
+    assert result.returncode == 0 and f"going on from step {saved}" in result.stdout
+    assert final(tmp_path / "base_checkpoints" / "hub")[3]["revision"] == hub.revision
+    assert script("pretrain.py", *TINY, "--tpp", 12 * STEPS_20, "--tag", "calm_hub", base=tiny_base).returncode == 0
+    assert_same_run(tmp_path / "base_checkpoints" / "hub", tiny_base / "base_checkpoints" / "calm_hub")
 
 
 # ---- Bad input: one clear line, non-zero exit, nothing lost ---------------------------------------------------------------------
