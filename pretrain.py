@@ -121,8 +121,8 @@ def step_memory(config, rows, T, size=2):
     in all 20 C. The loss holds 5 float32 copies of a chunk of 4,096 logit rows. In GB, with T = 4,096 and bfloat16:
 
                 8 rows   16 rows   32 rows
-        d18         36        62       117
-        d20         43        76       144
+        d18         36        63       117
+        d20         44        77       145
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(config).parameters())

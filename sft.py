@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (INTERRUPTED, FetchError, StopRequest, accumulate_gradients, atomic_write, base_dir, bits_per_byte, broadcast,
-                   checkpoint_steps, fetch, load_model, load_part, load_tokenizer, lock, log_head, newest_checkpoint, parse_config,
-                   read_meta, save_checkpoint, setup_env, token_bytes, tokenizer_hash, try_compile)
+from model import (INTERRUPTED, FetchError, StopRequest, accumulate_gradients, atomic_write, attention_kernel, base_dir, bits_per_byte,
+                   broadcast, checkpoint_steps, fetch, load_model, load_part, load_tokenizer, lock, log_head, newest_checkpoint,
+                   parse_config, read_meta, save_checkpoint, set_fp8, setup_env, token_bytes, tokenizer_hash, try_compile)
 from muon import build_optimizer
 
 
@@ -45,11 +45,12 @@ class Config:
     words: str = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"  # URL or path of a word list
     patience: int = 600                 # seconds to go on trying to fetch a file
     compile: int | None = None          # torch.compile, 1 or 0; not given: 1 on a GPU
+    fp8: bool = False                   # float8 matmuls in the blocks (H100 and newer)
     dry_run: bool = False               # show the mixture and three conversations of each source, learnt text in green; no training
 
 
 # What must not change between an interruption and its continuation
-RECIPE = ("tag", "max_seq_len", "total_batch_size", "init_lr_frac", "eval_every", "eval_tokens", "skip")
+RECIPE = ("max_seq_len", "total_batch_size", "init_lr_frac", "eval_every", "eval_tokens", "skip")
 
 
 # ---- A conversation: messages -> token ids and loss mask ---------------------------------------------------------------
@@ -170,7 +171,10 @@ def mmlu(config, split):
 def gsm8k(config, split):
     name = "train" if split == "train" else "test"
     n, row = parquet(config, "openai/gsm8k", [f"main/{name}-00000-of-00001.parquet"], ["question", "answer"])
-    return n, lambda i: chat(row(i)["question"], calculator_parts(row(i)["answer"]))
+    def conversation(i):
+        r = row(i)
+        return chat(r["question"], calculator_parts(r["answer"]))
+    return n, conversation
 
 
 def calculator_parts(answer):
@@ -417,7 +421,7 @@ def open_mixture(config, split):
     if errors:
         sys.exit("\n".join(errors))
     if not sources:
-        sys.exit(f"--skip {config.skip} leaves no source")
+        sys.exit(f"--skip {config.skip} leaves no source to {'train on' if split == 'train' else 'validate with'}")
     return Mixture(sources)
 
 
@@ -489,8 +493,8 @@ class Packer:
 
 
 def feed(conn, cfg, rows, state):
-    """The loader's process. First it sends (validation rows, number of conversations), then (rows, state, seconds) for one step
-    at a time, and where something is wrong (None, why, 0)."""
+    """The loader's process. First it sends (validation rows, number of conversations), then (rows, state, rows packed a second)
+    for one step at a time, and where something is wrong (None, why, 0)."""
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(s, signal.SIG_IGN)                        # the trainer decides when to stop
     try:
@@ -505,11 +509,13 @@ def feed(conn, cfg, rows, state):
         val = validation.batch(wanted)[:, :wanted]
         conn.send((val[:, :validation.rows], len(mixture)))
         packer = Packer(mixture, enc, cfg.max_seq_len + 1, state)
+        start, seconds = packer.rows, 0.0
         while True:
             t0 = time.time()
             if (batch := packer.batch(rows)) is None:
                 break
-            conn.send((batch, packer.state(), time.time() - t0))
+            seconds += time.time() - t0
+            conn.send((batch, packer.state(), (packer.rows - start) / seconds))
     except SystemExit as e:
         conn.send((None, str(e), 0.0))
     except BrokenPipeError:                                     # the trainer is gone
@@ -525,14 +531,11 @@ def start_loader(cfg, rows, state):
     return receive
 
 
-def receive_or_exit(receive, where):
+def next_message(receive):
     try:
-        message = receive.recv()
+        return receive.recv()
     except EOFError:
-        message = None, "the loader's process died (out of memory?)"
-    if message[0] is None:
-        sys.exit(f"{where}{message[1]}")
-    return message
+        return None, "the loader's process died (out of memory?)", 0
 
 
 def dry_run(cfg):
@@ -614,32 +617,36 @@ def main():
     # the model, with or without RoPE as it comes, and its optimizer, whose state goes on while the learning rates begin anew
     model, _ = load_model(source, step, env.device, env.dtype)
     model.config.sequence_len = cfg.max_seq_len
+    if cfg.fp8:
+        set_fp8(model, env.device)
+    kernel = attention_kernel(env, model.config)
     reference = {name: meta["user_config"][name] for name in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     optimizer = build_optimizer(model, **{name: lr * cfg.init_lr_frac for name, lr in reference.items()}, weight_decay=0.0)
-    fresh = [{k: group[k] for k in ("lr", "initial_lr", "weight_decay")} for group in optimizer.param_groups]
+    fresh = [dict(initial_lr=group["lr"], weight_decay=group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(load_part(source, step, "optim", env.device))
     for group, values in zip(optimizer.param_groups, fresh):
-        group["initial_lr"], group["weight_decay"] = values["lr"], values["weight_decay"]
+        group.update(values)
     micro = cfg.device_batch_size or max(1, meta["device_batch_size"] * meta["max_seq_len"] // cfg.max_seq_len)
     micro = next(m for m in range(min(micro, rows // env.world), 0, -1) if rows // env.world % m == 0)
     compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
-    loop, metrics_size, base_step = dict(use_rope=model.use_rope, min_val_bpb=math.inf, smooth_train_loss=0.0, total_training_time=0.0), 0, step
-    if resumed:
-        loop, metrics_size, base_step = meta["loop_state"], meta["metrics_bytes"], meta["base_step"]
-    else:
-        step = 0
+    say(f"{'going on' if resumed else 'starting'} from step {step} of {source}", flush=True)
+    base_step, step = (meta["base_step"], step) if resumed else (step, 0)
+    loop = meta["loop_state"] if resumed else dict(use_rope=model.use_rope, min_val_bpb=math.inf, smooth_train_loss=0.0, total_training_time=0.0)
 
     # the conversations
     val, total = None, torch.zeros(2, dtype=torch.int64)
     if env.rank == 0:
-        log_head(cfg, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, processes=env.world, use_rope=model.use_rope, **reference)
-        print(f"{'going on' if resumed else 'starting'} from step {base_step if not resumed else step} of {source}", flush=True)
+        log_head(cfg, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel, processes=env.world,
+                 use_rope=model.use_rope, **reference)
+        sys.stdout.flush()
         while not receive.poll(0.5):                            # sources are being fetched, which may take a while
             if stop:
                 sys.exit(INTERRUPTED)
-        val, n = receive_or_exit(receive, "")
+        val, n, *_ = next_message(receive)
+        if val is None:
+            sys.exit(n)
         val, total = torch.from_numpy(val), torch.tensor([n, val.shape[1]])
-        atomic_write(folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()[:metrics_size] if metrics_size else b"")
+        atomic_write(folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()[:meta["metrics_bytes"]] if resumed else b"")
         metrics = open(folder / "metrics.jsonl", "a")
     total, val_rows = broadcast(total, env, (2,), torch.int64).tolist()
     val = broadcast(val, env, (2, val_rows, cfg.max_seq_len), torch.int32).cpu()
@@ -675,7 +682,7 @@ def main():
         if step > resumed_at and (stopping or step % cfg.save_every == 0):
             save()
         if stopping:
-            say(f"stopped by {stop.signal or 'another process'} at step {step}, checkpoint saved: the same command goes on from here")
+            say(f"stopped by {stop.signal or 'another process'} at step {step}, all saved: the same command goes on from here")
             return INTERRUPTED
         if used == total or step % cfg.eval_every == 0:
             val_bpb = validate()
@@ -688,8 +695,12 @@ def main():
         # ---- one step ----
         t0, progress, batch, packing = time.time(), used / total, None, 0.0
         if env.rank == 0:
-            batch, loader_state, packing = receive_or_exit(receive, f"step {step}: ")
-            used, batch = loader_state["used"], torch.from_numpy(batch)
+            batch, state, packing = next_message(receive)
+            if batch is None:                                   # a conversation that is none, or a dead loader
+                if step > resumed_at:
+                    save()
+                sys.exit(f"stopped at step {step}: {state}")
+            loader_state, used, batch = state, state["used"], torch.from_numpy(batch)
         used = broadcast(torch.tensor([used]), env, (1,), torch.int64).item()
         batch = broadcast(batch, env, (2, rows, cfg.max_seq_len), torch.int32)
         waited = time.time() - t0
@@ -710,10 +721,10 @@ def main():
         loop["smooth_train_loss"] = 0.9 * loop["smooth_train_loss"] + 0.1 * loss
         left = (time.time() - started_at) / max(1, used - used_before) * (total - used)
         say(f"step {step:05d} | {100 * used / total:5.1f}% | loss {loop['smooth_train_loss'] / (1 - 0.9 ** step):.4f} | lr {lr_factor(progress):.3f} | "
-            f"{cfg.total_batch_size / seconds:,.0f} tok/s | packing {rows / max(packing, 1e-9):,.0f} rows/s | {seconds:.2f} s | "
+            f"{cfg.total_batch_size / seconds:,.0f} tok/s | packing {packing:,.0f} rows/s | {seconds:.2f} s | "
             f"left {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}")
         log(step=step, loss=loss, lr_factor=lr_factor(progress), conversations=used, use_rope=model.use_rope, seconds=seconds, waited=waited,
-            packing_rows_per_second=rows / max(packing, 1e-9))
+            packed_rows_per_second=packing)
         if step == resumed_at + 1:
             gc.collect()
             gc.freeze()                                         # the collector need not look at what lives for the whole run

@@ -712,6 +712,87 @@ def test_a_run_moves_from_one_process_to_two_and_back(drope_run, tiny_base):
     assert losses(folder) == pytest.approx(losses(drope_run / "drope"), rel=1e-4)
 
 
+# ---- Speed: what can be shown on a CPU ------------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, torch, torch.nn.functional as F, model as M
+model = M.GPT(M.GPTConfig(4096, 32768, 1, 1, 1, 64))
+model.init_weights()
+ids = torch.randint(0, 32768, (1, 4096))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss = {loss}
+loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_loss_takes_less_than_half_the_memory_of_the_plain_one():
+    """Forward, loss and backward at 32,768 ids; 8 chunks here, 16 in a step of 16 x 4,096 tokens."""
+    peak = {}
+    for name, loss in (("plain", "F.cross_entropy(model(ids)[0], ids[0])"), ("chunked", "model(ids, ids, chunk=512)")):
+        result = subprocess.run([sys.executable, "-c", PEAK.format(loss=loss)], capture_output=True, text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        peak[name] = int(result.stdout)
+    assert peak["chunked"] < 0.5 * peak["plain"], peak
+
+
+def test_float8_arithmetic():
+    """Scales, saturation and formats: e4m3 up to 448 forward, e5m2 up to 57,344 for gradients."""
+    x8, scale = M.to_float8(torch.tensor([[-3.0, 0.5, 0.001, 0.0]]), torch.float8_e4m3fn)
+    assert x8.dtype == torch.float8_e4m3fn and x8.float().abs().max() == 448 and scale.item() == pytest.approx(3 / 448)
+    assert (x8.float() * scale)[0, 1].item() == pytest.approx(0.5, rel=2 ** -4)
+    assert M.to_float8(torch.zeros(3), torch.float8_e5m2)[0].float().tolist() == [0, 0, 0]
+    assert M.to_float8(torch.tensor([1e30, 1.0]), torch.float8_e5m2)[0].float().tolist() == [57344, 0]
+
+    torch.manual_seed(0)
+    x, w, g = torch.randn(48, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True), torch.randn(48, 64)
+    q = lambda t, dtype: (lambda v, s: v.double() * s.double())(*M.to_float8(t.detach(), dtype))
+    y = M.Float8Matmul.apply(x, w)
+    gx, gw = torch.autograd.grad(y, (x, w), g)
+    e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
+    for got, expected in ((y, q(x, e4) @ q(w, e4).T), (gx, q(g, e5) @ q(w, e4)), (gw, q(g, e5).T @ q(x, e4))):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    assert 0.01 < (y - x @ w.T).norm() / (x @ w.T).norm() < 0.06
+
+
+def test_float8_trains_and_evaluates_in_full_precision():
+    torch.manual_seed(0)
+    model = M.GPT(M.GPTConfig(32, 64, 2, 2, 2, 64))
+    model.init_weights()
+    ids = torch.randint(0, 64, (4, 3)).repeat(1, 5)
+    with torch.no_grad():
+        before = model(ids)
+    for module in model.modules():
+        if isinstance(module, M.Linear) and module is not model.lm_head:
+            module.fp8 = True
+    with torch.no_grad():
+        assert torch.equal(model(ids), before)
+    optimizer, losses = muon.build_optimizer(model), []
+    for _ in range(30):
+        losses.append(M.accumulate_gradients(model, ids[:, :-1], ids[:, 1:].contiguous(), 4, CPU).item())
+        optimizer.step(), optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_float8_is_refused_where_there_is_none(tiny_base, refused):
+    if not torch.cuda.is_available():
+        refused(pretrain, [*TINY, "--tpp", STEPS_20, "--tag", "fp8", "--fp8"], ["--fp8", "H100"], tiny_base)
+
+
+def test_bench_prints_one_json_line_and_needs_no_files(tmp_path):
+    result = script("pretrain.py", "--bench", "--depth", 1, "--vocab-size", 320, "--max-seq-len", 64, "--total-batch-size", 256, "--compile", 0, base=tmp_path)
+    record = json.loads(result.stdout)
+    assert record["tokens_per_second"] > 0 and record["of_plain_step"] > 0 and record["matmul_tflops"] > 0 and record["rows"] == 4
+    assert record["share_forward_backward"] + record["share_optimizer"] + record["share_data"] == pytest.approx(1, abs=1e-3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_formula():
+    """16 rows of d18 fit on an 80 GB device, 32 do not."""
+    for depth, expected in ((18, (36, 63, 117)), (20, (44, 77, 145))):
+        config = M.GPTConfig.from_depth(depth)
+        assert [round(pretrain.step_memory(config, rows, 4096) / 1e9) for rows in (8, 16, 32)] == list(expected)
+
+
 # ---- Downloads: a small stand-in for the hub ----------------------------------------------------------------------------------
 
 @pytest.fixture
