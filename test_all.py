@@ -712,6 +712,63 @@ def test_a_run_moves_from_one_process_to_two_and_back(drope_run, tiny_base):
     assert losses(folder) == pytest.approx(losses(drope_run / "drope"), rel=1e-4)
 
 
+# ---- The whole way of a model, and the driver ---------------------------------------------------------------------------------------
+
+def test_use_rope_travels_from_checkpoint_to_fine_tuning_and_exports(drope_run, tiny_base, tmp_path):
+    """Pretrain, resume, fine-tune, fine-tune at twice the length, export: RoPE stays off in a drope tag and on in one without."""
+    conversations = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"A number, {i}."}] for i in range(60)]
+    for name in ("c.jsonl", "c_val.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(c) + "\n" for c in conversations))
+    (tmp_path / "words.txt").write_text("apple\npear\nplum\n")
+    for tag, length in (("drope", 64), ("drope_long", 128), ("trunk", 64)):
+        result = script("sft.py", "--tag", tag, "--conversations", tmp_path / "c.jsonl", "--words", tmp_path / "words.txt", "--spelling-rows", 20, "--bee-rows", 10,
+                        "--max-seq-len", length, "--total-batch-size", 1024, "--eval-tokens", 1024, "--init-lr-frac", 0.1, base=tiny_base)
+        assert result.returncode == 0, result.stderr
+        result = script("export_hf.py", "--tag", tag, base=tiny_base)
+        assert result.returncode == 0, result.stderr
+        expected = tag == "trunk"
+        sft = final(tiny_base / "chatsft_checkpoints" / tag)[3]
+        assert sft["loop_state"]["use_rope"] is expected and sft["max_seq_len"] == length
+        for stage in ("hf_base", "hf_sft"):
+            folder = tiny_base / stage / (tag if stage == "hf_sft" else tag.removesuffix("_long"))
+            assert json.loads((folder / "config.json").read_text())["use_rope"] is expected
+    from transformers import AutoModelForCausalLM
+    step, weights, _, meta = final(tiny_base / "chatsft_checkpoints" / "drope_long")
+    ours = M.GPT(M.GPTConfig(**meta["model_config"]), meta["loop_state"]["use_rope"])
+    ours.load_state_dict({k: v.bfloat16().float() for k, v in weights.items()})
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_base / "hf_sft" / "drope_long", trust_remote_code=True, dtype=torch.float32)
+    ids = torch.randint(0, meta["model_config"]["vocab_size"], (2, 90))
+    assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
+    ours.use_rope = True
+    assert (theirs(ids).logits - ours(ids)).abs().max() > 1e-3      # the comparison would notice
+
+
+def driver(*args, **env):
+    return subprocess.run(["bash", str(HERE / "run_all.sh"), *map(str, args)], capture_output=True, text=True, timeout=300, cwd=HERE, env={**os.environ, **env})
+
+
+needs_venv = pytest.mark.skipif(not (HERE / ".venv" / "installed").exists(), reason="the driver would install packages")
+
+
+@needs_venv
+def test_the_plan_of_the_release(tmp_path):
+    out = driver("release", "--dry-run").stdout
+    rows = [l.split() for l in out.splitlines() if l.startswith("d")]
+    tags = [r[0] for r in rows if "_" in r[0]]
+    assert len(tags) == len(set(tags)) == 20 and sum(t.endswith("_long") for t in tags) == 6
+    tokens = {r[0]: r[2] for r in rows if "_" in r[0]}
+    assert [tokens[t] for t in ("d18_9tpp", "d18_20tpp", "d20_9tpp", "d20_20tpp", "d20_40tpp")] == ["2.92B", "6.49B", "3.95B", "8.77B", "17.54B"]
+    assert "14 pretraining runs" in out and "93.0B tokens" in out and "66.4B tokens" in out
+    one = driver("d18", 20, 50, "long", "--dry-run", 406000).stdout
+    assert "d18_20tpp_drope_50_long" in one and "trained from nothing" in one and "6.5B tokens, 4 hours" in one
+
+
+@needs_venv
+@pytest.mark.parametrize("args, words", [(("foo",), "unknown tag 'foo'"), (("d18", 9, 150), "drope 150"), (("d0", 9), "unknown tag"), (("chat", "d18_9tpp"), "run_all.sh d18_9tpp")])
+def test_the_driver_refuses(tmp_path, args, words):
+    one_line(driver(*args, NANOCHAT_BASE_DIR=str(tmp_path)), words)
+
+
 # ---- Speed: what can be shown on a CPU ------------------------------------------------------------------------------------------
 
 PEAK = """
