@@ -376,7 +376,9 @@ def conclusion(results):
     plain, fitted = "as trained", "temperature fitted"
     text = {name: bpb[name, plain] for name in ARMS}
     price = {name: text[name][1] - text["RoPE"][1] for name in ARMS if name != "RoPE"}
-    rises = [name for name in ARMS if text[name][far] > text[name][1]]
+    rises = [name for name in LINES if bpb[name, plain][far] > bpb[name, plain][1]]
+    least = min(bpb, key=lambda key: bpb[key][far])
+    nope = {"better": "less", "worse": "more"}.get(verdict("NoPE", plain).split()[0], "as much")
     helps, beats = "better" in verdict("RoPE", plain), [other for other in ("RoPE + NTK", "NoPE") if "better" in verdict(other, fitted)]
     return "\n".join((
         f"As trained, at {far} times the training length: {', '.join(rate(name, plain) for name in ARMS)} (guessing {FLOOR:.2f}). "
@@ -385,9 +387,10 @@ def conclusion(results):
         f"{ours} is {verdicts(('RoPE', 'RoPE + NTK', 'NoPE'), fitted)}.",
         f"Text at the training length: RoPE {text['RoPE'][1]:.2f} bits per byte; "
         + ", ".join(f"{name} {'costs' if p > 0 else 'saves'} {abs(p):.2f}" for name, p in price.items())
-        + f". Longer context makes text worse for {', '.join(rises) if rises else 'none'} (as trained, {far}x against 1x).",
+        + f". {far} times the context makes it worse for {'all' if len(rises) == len(LINES) else ', '.join(rises) or 'none'}; "
+        f"least bits there: {bpb[least][far]:.2f}, {least[0]}, {least[1]}.",
         f"So at this scale DroPE {'buys' if helps else 'does not buy'} retrieval beyond the training length without any change at inference"
-        f"{', and pays for it in bits per byte' if price[ours] > 0 else ''}. Once the temperature is fitted, it beats "
+        f"{', and pays for it in bits per byte' if price[ours] > 0 else ''}; NoPE from scratch has {nope} of it. Once the temperature is fitted, it beats "
         f"{' and '.join(beats) if beats else 'neither RoPE + NTK nor NoPE from scratch'}."))
 
 
@@ -405,14 +408,13 @@ def draw(results, path):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
     for axis, remedy in zip(axes, ("as trained", "temperature fitted", "as trained")):
         for i, name in enumerate(LINES):
-            if axis is not axes[1] and name == "RoPE + NTK":
-                continue
             x = [n * T * 1.03 ** (i - 2) for n in LENGTHS]  # side by side, so that all intervals are seen
+            style = "o--" if name == "RoPE + NTK" else "o-"     # dashed: changed at inference
             if axis is axes[2]:
-                axis.plot(x, bpb[name, remedy].values(), "o-", color=COLORS[name], ms=4)
+                axis.plot(x, bpb[name, remedy].values(), style, color=COLORS[name], ms=4)
             else:
                 mean, low, high = zip(*rates[name, remedy].values())
-                axis.plot(x, mean, "o-", color=COLORS[name], ms=4, label=name)
+                axis.plot(x, mean, style, color=COLORS[name], ms=4, label=name)
                 axis.vlines(x, low, high, color=COLORS[name])
         axis.set_xscale("log", base=2)
         axis.set_xticks([n * T for n in LENGTHS], [f"{n * T}" if n > 1 else f"{T}\n(trained)" for n in LENGTHS])
@@ -421,12 +423,12 @@ def draw(results, path):
         axis.axhline(FLOOR, ls=":", color="gray")
         axis.text(T, FLOOR + 0.015, "guessing", color="gray", fontsize=8)
         axis.set(ylim=(0, 1.04))
-    axes[0].set(title="Facts retrieved, models as trained", ylabel="share of questions answered", xlabel="tokens of context")
-    axes[1].set(title="with attention temperature fitted", xlabel="tokens of context")
-    axes[2].set(title="Cost: text, models as trained", ylabel="bits per byte, last 32 tokens", xlabel="tokens of context")
-    axes[1].legend(frameon=False, fontsize=8, loc="lower left")
+    axes[0].set(title="Facts retrieved", ylabel="share of questions answered", xlabel="tokens of context")
+    axes[1].set(title="Facts retrieved, attention temperature fitted", xlabel="tokens of context")
+    axes[2].set(title="The price: text", ylabel=f"bits per byte of the last {TAIL} tokens", xlabel="tokens of context")
+    axes[1].legend(frameon=False, fontsize=8, loc="center left")
     interval = f"mean and range of {seeds} seeds" if seeds > 1 else f"95% interval of {PROMPTS} questions, 1 seed"
-    figure.supxlabel(f"4 layers, width {64}, trained at {T} tokens; {interval}", fontsize=8, color="gray")
+    figure.supxlabel(f"4 layers, width 64, trained at {T} tokens; {interval}", fontsize=8, color="gray")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
@@ -482,6 +484,7 @@ def demonstrate(config, base):
             for seed in range(config.seeds) for arm in ARMS]
     finished, workers = sum(job[-1].exists() for job in jobs), min(len(jobs), os.cpu_count() or 1)
     print(f"{len(jobs)} models, {finished} of them finished before, {workers} at a time, {config.steps * ROWS * T / 1e6:.2f} million tokens each", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # leaves the with block, which ends the workers
     with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         results = [result for arm in pool.imap(run_arm, jobs, chunksize=1) for result in arm]
     atomic_write(out / "results.json", json.dumps(dict(seeds=config.seeds, steps=config.steps, prompts=PROMPTS, results=results), indent=1))

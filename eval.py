@@ -547,23 +547,21 @@ def evaluate_base(folder, out, cfg, sizes, env):
 
 
 def evaluate_chat(folder, out, cfg, sizes, env):
-    import sft                                              # it asks in the words that were trained
+    if not (out / "questions.jsonl").exists():
+        print(f"  no {out / 'questions.jsonl'} to ask from, which sft.py leaves beside its checkpoint: skipped", file=sys.stderr)
+        return
+    questions = {}
+    for line in (out / "questions.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        questions.setdefault(record["source"], []).append(record["messages"])
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     results, chat = Results(out, dict(sha256=sha256, sizes=str(sizes)), cfg.quick), None
-    metas = sorted(out.glob("meta_*.json"))
-    trained = read_json(metas[-1])["user_config"] if metas else {}
-    config = sft.Config(**{f.name: trained[f.name] for f in fields(sft.Config) if f.name in trained})
-    config.patience = 0 if config.conversations else 60     # one that learnt from own conversations may live without a hub
-    for name, source, most in (("mmlu", sft.mmlu, sizes.questions), ("gsm8k", sft.gsm8k, sizes.questions),
-                               ("bee", sft.spelling_bee, sizes.words)):
-        try:
-            if name not in results.data["sections"]:
-                n, conversation = source(config, "val")
-                some = [conversation(i) for i in sorted(random.Random(42).sample(range(n), min(n, most)))]
-                chat = chat or Chat(folder, env)
-                results.section(name, lambda: chat.choose(some) if name == "mmlu" else chat.answer(some, sizes.new_tokens))
-        except FetchError as e:
-            print(f"  {name}: skipped, its questions cannot be had ({e})", file=sys.stderr)
+    for name, source, most in (("mmlu", "mmlu", sizes.questions), ("gsm8k", "gsm8k", sizes.questions), ("bee", "spellingbee", sizes.words)):
+        n = len(questions.get(source, []))
+        if n and name not in results.data["sections"]:
+            some = [questions[source][i] for i in sorted(random.Random(42).sample(range(n), min(n, most)))]
+            chat = chat or Chat(folder, env)
+            results.section(name, lambda: chat.choose(some) if name == "mmlu" else chat.answer(some, sizes.new_tokens))
 
 
 # ---- The table ---------------------------------------------------------------------------------------------------

@@ -124,20 +124,18 @@ CHAT_TEMPLATE = r"""
         {%- for i in range(parts | length + 1) -%}
             {%- set last = i == parts | length -%}
             {%- if last or parts[i].type == 'python_output' -%}
-                {%- if last or i > run.start -%}
-                    {%- generation -%}
-                    {%- for part in parts[run.start:i] -%}
-                        {%- if part.type == 'python' -%}
-                            {{- '<|python_start|>' ~ text(part.text) ~ '<|python_end|>' -}}
-                        {%- elif part.type == 'text' -%}
-                            {{- text(part.text) -}}
-                        {%- else -%}
-                            {{- raise_exception('parts are of type text, python or python_output, not ' ~ part.type) -}}
-                        {%- endif -%}
-                    {%- endfor -%}
-                    {{- '<|assistant_end|>' if last -}}
-                    {%- endgeneration -%}
-                {%- endif -%}
+                {%- generation -%}
+                {%- for part in parts[run.start:i] -%}
+                    {%- if part.type == 'python' -%}
+                        {{- '<|python_start|>' ~ text(part.text) ~ '<|python_end|>' -}}
+                    {%- elif part.type == 'text' -%}
+                        {{- text(part.text) -}}
+                    {%- else -%}
+                        {{- raise_exception('parts are of type text, python or python_output, not ' ~ part.type) -}}
+                    {%- endif -%}
+                {%- endfor -%}
+                {{- '<|assistant_end|>' if last -}}
+                {%- endgeneration -%}
                 {{- '<|output_start|>' ~ text(parts[i].text) ~ '<|output_end|>' if not last -}}
                 {%- set run.start = i + 1 -%}
             {%- endif -%}
@@ -309,8 +307,8 @@ With `return_dict=True` it gives ids and attention mask, for `model.generate(**i
 - Without `trust_remote_code` the tokenizer is transformers' own class: the same ids, but the snippet then needs
   `return_dict=False` in transformers 5, and a chat rendered to a string `add_special_tokens=False` when it is tokenized
   (else it begins with `<|bos|>` twice). The model needs `trust_remote_code`; transformers refuses it otherwise.
-- A server with an output layer of its own (vLLM's Transformers backend) leaves out the softcap of the logits,
-  15 tanh(x / 15): greedy answers are the same, probabilities are not.
+- vLLM serves it through its Transformers backend, softcap included (checked with 0.32, `--trust-remote-code`). A server
+  that does not know `final_logit_softcapping` gives the same greedy answers, but other probabilities.
 """
 TEXT_SNIPPET = """
 ```python

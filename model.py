@@ -501,7 +501,7 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=
     if dest.exists():
         return dest
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.parent / ".part" / dest.name                # a folder: huggingface_hub keeps its own files in it
@@ -512,12 +512,10 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=
         while not dest.exists():
             try:
                 if sha256 is None:
-                    info = HfApi().get_paths_info(repo_id, [filename], repo_type=repo_type, revision=revision)
-                    if not info:
-                        raise FetchError(f"{repo_id} has no file {filename} (revision {revision})")
-                    sha256 = info[0].lfs.sha256 if info[0].lfs else "git:" + info[0].blob_id
+                    etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, repo_type=repo_type, revision=revision)).etag
+                    sha256 = etag if len(etag) == 64 else "git:" + etag     # small files have git's hash only
                 got = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, revision=revision, local_dir=part))
-                if sha256.startswith("git:"):               # small files have git's hash only
+                if sha256.startswith("git:"):
                     digest = hashlib.sha1(b"blob %d\0" % got.stat().st_size)
                 else:
                     digest = hashlib.sha256()

@@ -321,11 +321,6 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
     same ids, but a rendered chat then needs add_special_tokens=False, and transformers 5 gives ids alone only if
     return_dict=False is said."""
 
-    def __init__(self, *args, **kwargs):
-        if isinstance(kwargs.get("extra_special_tokens"), list):        # 5.x saves under this name what 4.57 calls:
-            kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
-        super().__init__(*args, **kwargs)
-
     def apply_chat_template(self, conversation, *args, return_dict=False, **kwargs):
         """As in the base class; returns ids unless return_dict=True (the default in transformers 4, not in 5)."""
         return super().apply_chat_template(conversation, *args, return_dict=return_dict, **kwargs)
@@ -343,3 +338,11 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
         """The same for a batch in transformers 4.57 (5.x has one method for both)."""
         kwargs["add_special_tokens"] = add_special_tokens and not self._starts_with_bos(batch_text_or_text_pairs)
         return super()._batch_encode_plus(batch_text_or_text_pairs, *args, **kwargs)
+
+    def _set_model_specific_special_tokens(self, special_tokens):
+        """Lets 4.57 read what 5.x saved: a list of special tokens, where it expects a dict. An __init__ would be the
+        place for that, but makes 5.x build the tokenizer anew from the vocabulary, without its split pattern."""
+        if isinstance(special_tokens, list):
+            self.additional_special_tokens, self.extra_special_tokens = special_tokens, {}
+        else:
+            super()._set_model_specific_special_tokens(special_tokens)

@@ -12,7 +12,7 @@ an H100's bfloat16 peak.
 DroPE (arXiv:2512.12167): RoPE for the first part of the steps, then none at all; look for "the switch" below. Batch size, learning
 rates and weight decay follow from the depth, the one dial (see `derive`). Left out: mid-training, other optimizers, sharding.
 """
-import gc, json, math, multiprocessing, os, re, signal, sys, threading, time
+import atexit, gc, json, math, multiprocessing, os, re, signal, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -338,12 +338,17 @@ def start_loader(cfg, shards, paths, rows, state):
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=feed, args=(send, cfg, shards, paths, rows, state), daemon=True)
     process.start()
+    atexit.register(process.kill)                           # it takes no other signal
     send.close()
-    return receive, process
+    return receive
 
 
-def next_batch(receive):
+def next_batch(receive, stop):
+    """(rows, state) of one step, or (None, why not); a request to stop is heeded while the loader waits for a shard."""
     try:
+        while not receive.poll(1):
+            if stop:
+                return None, f"stopped by {stop.signal} while waiting for data"
         return receive.recv()
     except EOFError:
         return None, "the loader's process died (out of memory?)"
@@ -548,12 +553,15 @@ def main():
             print(f"going on from step {step} of {source}")
         restore_metrics(source or folder, folder, metrics_size)
         metrics = open(folder / "metrics.jsonl", "a")
-        receive, _ = start_loader(cfg, shards, paths, rows, loader_state)
+        receive = start_loader(cfg, shards, paths, rows, loader_state)
 
     def log(**record):
         if env.rank == 0:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+            try:
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+            except OSError as e:
+                sys.exit(f"cannot write {metrics.name}: {e.strerror}; the checkpoint of step {max(checkpoint_steps(folder), default='(none)')} is untouched")
 
     keep = {round(float(p) / 100 * steps) for p in cfg.keep.split(",") if p}
     started_at, resumed_at = time.time(), step
@@ -604,11 +612,12 @@ def main():
         # ---- one step ----
         t0 = time.time()
         if env.rank == 0:
-            batch, state = next_batch(receive)
+            batch, state = next_batch(receive, stop)
             if batch is None:                               # the hub is gone, a shard is damaged, or the data ran out
                 if step > resumed_at:
                     save()
-                sys.exit(f"stopped at step {step}, checkpoint saved: {state}")
+                print(f"stopped at step {step}, checkpoint saved: {state}", file=sys.stderr)
+                return INTERRUPTED if stop else 1
             loader_state = state
             batch = torch.from_numpy(batch.astype(np.int32))
             batch = batch.pin_memory() if env.device.type == "cuda" else batch

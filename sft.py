@@ -1,18 +1,18 @@
 """Fine-tuning: turns a base model into a chat model, one epoch over 1,071,759 conversations (_long: 1,171,759).
 
-    python sft.py --tag d18_9tpp_drope_50       takes base_checkpoints/d18_9tpp_drope_50, gives chatsft_checkpoints/...
-    python sft.py --tag d20_20tpp_long          the base of d20_20tpp; rows of 8,192 tokens, and 100,000 conversations of Tulu more
-    python sft.py --dry-run                     fetches, counts and shows three conversations of each source; trains nothing
+    python sft.py --tag d18_9tpp_drope_50       base_checkpoints/d18_9tpp_drope_50 -> chatsft_checkpoints/d18_9tpp_drope_50
+    python sft.py --tag d20_20tpp_long          from the base of d20_20tpp: rows of 8,192 tokens, 100,000 rows of Tulu more
+    python sft.py --dry-run                     counts and shows three conversations of each source, trains nothing
     torchrun --nproc_per_node 8 sft.py --tag ...
 
-A source is a function that says how many rows it has and makes a conversation of a row: a list of messages, the way chat
-programs keep them. render() makes token ids and a loss mask of it: only what the assistant writes is learnt, not what
-users and tools say. Whole conversations are packed into rows, best fit first; the rest of a row is padding. A quarter
-of the mixture is made up here (spelling words, counting letters), because a model that sees tokens has to be taught that
-words have letters. Interrupted, it goes on where it stopped when the same command is run again.
-About 30 to 90 minutes on one H100. Left out: preference tuning, reinforcement learning, other chat formats.
+A source is a function that says how many rows it has and makes a conversation of a row: a list of messages, the way
+chat programs keep them. render() makes token ids and a loss mask of it: only what the assistant writes is learnt, not
+what users and tools say. Whole conversations are packed into rows, best fit first; the rest of a row is padding. A
+quarter of the mixture is made up here (spelling words, counting letters), because a model that sees tokens has to be
+taught that words have letters. Interrupted, it goes on where it stopped when the same command is run again. About 30
+to 90 minutes on one H100. Left out: preference tuning, reinforcement learning, other chat formats.
 """
-import collections, functools, gc, json, math, os, random, re, signal, sys, time
+import atexit, collections, functools, gc, json, math, os, random, re, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,15 +20,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (INTERRUPTED, FetchError, StopRequest, accumulate_gradients, atomic_write, attention_kernel, base_dir, bits_per_byte,
-                   broadcast, checkpoint_steps, fetch, load_model, load_part, load_tokenizer, lock, log_head, newest_checkpoint,
-                   parse_config, read_meta, save_checkpoint, set_fp8, setup_env, token_bytes, tokenizer_hash, try_compile)
+from model import (INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, atomic_write,
+                   attention_kernel, base_dir, bits_per_byte, broadcast, checkpoint_steps, fetch, load_model, load_part,
+                   load_tokenizer, lock, log_head, newest_checkpoint, parse_config, read_meta, save_checkpoint, set_fp8,
+                   setup_env, token_bytes, tokenizer_hash, try_compile)
 from muon import build_optimizer
+
+
+IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+WORDS = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 
 
 @dataclass
 class Config:
-    tag: str = ""                       # the model to fine-tune, such as d18_9tpp_drope_50; X_long starts from the base of X
+    tag: str = ""                       # the model to fine-tune, such as d18_9tpp_drope_50; X_long takes the base of X
     max_seq_len: int = 0                # tokens in a row; 0 means 4096, or 8192 for a _long tag
     total_batch_size: int = 1_048_576   # tokens in a step
     device_batch_size: int = 0          # rows in a micro-batch; 0 means as many tokens as pretraining had in one
@@ -38,22 +43,22 @@ class Config:
     save_every: int = 200               # steps between checkpoints; the last two are kept
     skip: str = ""                      # sources to leave out, with commas between them, such as identity,gsm8k
     any_size: bool = False              # accept sources of other sizes than the published ones (a mirror, a part)
-    conversations: str = ""             # a JSONL file of conversations instead of the hub's; X_val.jsonl beside X.jsonl validates
+    conversations: str = ""             # X.jsonl: your own instead of the hub's; X_val.jsonl beside it validates
     spelling_rows: int = 200_000        # rows of SimpleSpelling
     bee_rows: int = 80_000              # rows of SpellingBee
-    identity: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"  # URL or path
-    words: str = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"  # URL or path of a word list
+    identity: str = IDENTITY            # URL or path of the identity conversations
+    words: str = WORDS                  # URL or path of the word list for the two spelling tasks
     patience: int = 600                 # seconds to go on trying to fetch a file
     compile: int | None = None          # torch.compile, 1 or 0; not given: 1 on a GPU
     fp8: bool = False                   # float8 matmuls in the blocks (H100 and newer)
-    dry_run: bool = False               # show the mixture and three conversations of each source, learnt text in green; no training
+    dry_run: bool = False               # only show three conversations of each source, what is learnt in green
 
 
 # What must not change between an interruption and its continuation
-RECIPE = ("max_seq_len", "total_batch_size", "init_lr_frac", "eval_every", "eval_tokens", "skip")
+RECIPE = ("max_seq_len", "total_batch_size", "init_lr_frac", "eval_every", "eval_tokens", "skip", "fp8")
 
 
-# ---- A conversation: messages -> token ids and loss mask ---------------------------------------------------------------
+# ---- A conversation: messages -> token ids and loss mask -----------------------------------------------------------
 
 def problem(messages, finished=False):
     """What is wrong with a conversation, in words, or "": [system] user assistant user assistant ..., text in each. An
@@ -126,18 +131,19 @@ def coloured(enc, ids, mask, most=400):
     return text + (f" ... and {len(ids) - end:,} tokens more" if end < len(ids) else "")
 
 
-# ---- The sources: (config, split "train" or "val") -> number of rows, function from a row to its messages -------------------
+# ---- The sources: (config, split "train" or "val") -> number of rows, function from a row to its messages ----------
 
 def chat(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def parquet(config, repo, files, columns):
-    """Rows of parquet files of the hub. They stay in arrow's memory; a row becomes Python objects when it is asked for."""
+    """Rows of the hub's parquet files. They stay in arrow's memory; a row becomes Python objects when asked for."""
     import pyarrow as pa, pyarrow.parquet as pq
     tables = []
     for name in files:
-        path = fetch(repo, name, base_dir() / "data" / "sft" / repo.split("/")[1] / Path(name).name, patience=config.patience)
+        dest = base_dir() / "data" / "sft" / repo.split("/")[1] / Path(name).name
+        path = fetch(repo, name, dest, patience=config.patience)
         try:
             nested = "train" in pq.read_schema(path).names      # one of MMLU's layouts has its columns inside `train`
             tables.append(pq.read_table(path, columns=["train"] if nested else columns))
@@ -151,8 +157,8 @@ def parquet(config, repo, files, columns):
 
 
 def smoltalk(config, split):
-    files = [f"data/train-{i:05d}-of-00004.parquet" for i in range(4)] if split == "train" else ["data/test-00000-of-00001.parquet"]
-    n, row = parquet(config, "HuggingFaceTB/smol-smoltalk", files, ["messages"])
+    files = [f"train-{i:05d}-of-00004" for i in range(4)] if split == "train" else ["test-00000-of-00001"]
+    n, row = parquet(config, "HuggingFaceTB/smol-smoltalk", [f"data/{f}.parquet" for f in files], ["messages"])
     return n, lambda i: row(i)["messages"]
 
 
@@ -163,8 +169,8 @@ def mmlu(config, split):
     def conversation(i):
         r = row(i)
         choices = "".join(f"- {choice}={letter}\n" for choice, letter in zip(r["choices"], "ABCDEFGH"))
-        return chat(f"Multiple Choice question: {r['question']}\n{choices}\nRespond only with the letter of the correct answer.",
-                    "ABCDEFGH"[r["answer"]])
+        return chat(f"Multiple Choice question: {r['question']}\n{choices}\n"
+                    "Respond only with the letter of the correct answer.", "ABCDEFGH"[r["answer"]])
     return n, conversation
 
 
@@ -193,13 +199,16 @@ def jsonl(path):
     """A file with a JSON array of messages on each line, checked."""
     rows = []
     for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
             wrong = problem(rows[-1], finished=True)
         except ValueError as e:
             wrong = str(e)
         if wrong:
-            sys.exit(f"{path}, line {n}: {wrong}; each line has to be [{{\"role\": \"user\", \"content\": ...}}, {{\"role\": \"assistant\", ...}}, ...]")
+            sys.exit(f"{path}, line {n}: {wrong}; a line has to be a JSON array of messages "
+                     '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]')
     return rows
 
 
@@ -222,26 +231,26 @@ def conversations(config, split):
 
 @functools.lru_cache(None)
 def tulu_rows(path):
-    """Where each good row of Tulu's file begins, in bytes, in an order shuffled with seed 42: the text stays on the disk."""
+    """The byte at which each good row of Tulu's file begins, shuffled with seed 42: the text stays on the disk."""
     starts, position, dropped = [], 0, 0
     with open(path, "rb") as f:
         for line in f:
             try:
                 messages = json.loads(line)["messages"]
                 good = not problem(messages, finished=True) and all(isinstance(m["content"], str) for m in messages)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 good = False
             starts += [position] if good else []
             dropped += not good
             position += len(line)
-    print(f"tulu: {dropped:,} of {dropped + len(starts):,} rows dropped: roles that do not alternate, or messages that are empty or not text")
+    print(f"tulu: {dropped:,} of {dropped + len(starts):,} rows dropped (roles that do not alternate, empty or not text)")
     return np.random.RandomState(42).permutation(np.array(starts, dtype=np.int64))
 
 
 def tulu(config, split):
     """The first 1,500 of the shuffled rows are held out (fewer of a smaller file), the next 100,000 are learnt."""
-    name = "tulu_v2_data.jsonl"
-    path = fetch("allenai/tulu-v2-sft-long-mixture", name, base_dir() / "data" / "sft" / "tulu" / name, patience=config.patience)
+    dest = base_dir() / "data" / "sft" / "tulu" / "tulu_v2_data.jsonl"
+    path = fetch("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=config.patience)
     starts = tulu_rows(path)
     held = min(1_500, len(starts) // 20)
     starts = starts[held:held + 100_000] if split == "train" else starts[:held]
@@ -273,17 +282,22 @@ def simple_spelling(config, split):
 
 
 WORDINGS = (    # {c}: the letter, {w}: the word
-    "How many {c} are in {w}", "How many {c} are there in {w}", "How many {c}'s does {w} have", "How many {c} in {w}", "Count the {c} in {w}",
-    "Count how often {c} appears in the word {w}", "How often does the letter {c} occur in {w}", "What is the number of {c} in {w}",
-    "How many times is {c} used in {w}", "In {w}, how many {c} do you find", "Number of {c} in {w}", "Tell me how many {c} {w} contains",
-    "Please count the letter {c} in the word {w}", "Can you count every {c} in {w}", "I need to know how many {c} are in {w}", "{w}: how many {c}",
-    "If I write {w}, how many {c} do I write", "Look at {w}. How many of its letters are {c}", "Does {w} have any {c}, and how many",
-    "Spelling check: how many {c} in {w}", "Quick question, how many {c} are in the word {w}", "How frequent is {c} in {w}", "{c} in {w}, how many",
-    "My daughter asks how many {c} there are in {w}", "For a crossword: how many times does {c} show up in {w}", "Find all {c} in {w} and count them",
-    "¿Cuántas {c} hay en {w}", "¿Cuántas veces aparece {c} en la palabra {w}", "Combien de {c} y a-t-il dans {w}", "Combien de fois trouve-t-on {c} dans {w}",
-    "Wie viele {c} hat {w}", "Wie oft kommt {c} in {w} vor", "Quante {c} ci sono in {w}", "Quantas letras {c} tem {w}", "Hoeveel {c} zitten er in {w}",
-    "Hur många {c} finns det i {w}", "Ile razy {c} występuje w słowie {w}", "Kolik {c} je ve slově {w}", "{w} kelimesinde kaç tane {c} var",
-    "Сколько букв {c} в слове {w}", "Πόσα {c} έχει η λέξη {w}", "{w} में कितने {c} हैं", "{w}里有几个{c}", "单词{w}中{c}出现了多少次", "{w}に{c}はいくつありますか", "{w}에 {c}가 몇 개 있나요")
+    "How many {c} are in {w}", "How many {c} are there in {w}", "How many {c}'s does {w} have", "How many {c} in {w}",
+    "Count the {c} in {w}", "Count how often {c} appears in the word {w}", "How often does the letter {c} occur in {w}",
+    "What is the number of {c} in {w}", "How many times is {c} used in {w}", "In {w}, how many {c} do you find",
+    "Number of {c} in {w}", "Tell me how many {c} {w} contains", "Please count the letter {c} in the word {w}",
+    "Can you count every {c} in {w}", "I need to know how many {c} are in {w}", "{w}: how many {c}",
+    "If I write {w}, how many {c} do I write", "Look at {w}. How many of its letters are {c}",
+    "Does {w} have any {c}, and how many", "Spelling check: how many {c} in {w}",
+    "Quick question, how many {c} are in the word {w}", "How frequent is {c} in {w}", "{c} in {w}, how many",
+    "My daughter asks how many {c} there are in {w}", "For a crossword: how many times does {c} show up in {w}",
+    "Find all {c} in {w} and count them", "¿Cuántas {c} hay en {w}", "¿Cuántas veces aparece {c} en la palabra {w}",
+    "Combien de {c} y a-t-il dans {w}", "Combien de fois trouve-t-on {c} dans {w}", "Wie viele {c} hat {w}",
+    "Wie oft kommt {c} in {w} vor", "Quante {c} ci sono in {w}", "Quantas letras {c} tem {w}",
+    "Hoeveel {c} zitten er in {w}", "Hur många {c} finns det i {w}", "Ile razy {c} występuje w słowie {w}",
+    "Kolik {c} je ve slově {w}", "{w} kelimesinde kaç tane {c} var", "Сколько букв {c} в слове {w}",
+    "Πόσα {c} έχει η λέξη {w}", "{w} में कितने {c} हैं", "{w}里有几个{c}", "单词{w}中{c}出现了多少次", "{w}に{c}はいくつありますか",
+    "{w}에 {c}가 몇 개 있나요")
 
 
 def spelling_bee(config, split):
@@ -298,14 +312,14 @@ def spelling_bee(config, split):
         wording = rng.choice(WORDINGS)
         wording = wording.lower() if rng.random() < 0.3 else wording
         quotes = ["{}", "{}", "'{}'", '"{}"', "`{}`", "“{}”"]
-        question = wording.format(c=rng.choice(quotes).format(c), w=rng.choice(quotes).format(word)) + rng.choice(["?", "?", "", "."])
+        question = wording.format(c=rng.choice(quotes).format(c), w=rng.choice(quotes).format(word))
         count, lines = 0, []
         for n, letter in enumerate(word, 1):
             count += letter == c
             lines.append(f"{n}:{letter}" + (f" hit! count={count}" if letter == c else ""))
-        by_hand = (f"I look for '{c}' in '{word}'. First I spell it:\n{word}:{','.join(word)}\n\nThen I go through the letters:\n"
-                   + "\n".join(lines) + f"\n\nThat makes {count}. Now the same with Python:\n\n")
-        return chat(question, [
+        by_hand = (f"I look for '{c}' in '{word}'. First I spell it:\n{word}:{','.join(word)}\n\nThen I go through the "
+                   "letters:\n" + "\n".join(lines) + f"\n\nThat makes {count}. Now the same with Python:\n\n")
+        return chat(question + rng.choice(["?", "?", "", "."]), [
             {"type": "text", "text": by_hand}, {"type": "python", "text": f"'{word}'.count('{c}')"},
             {"type": "python_output", "text": str(word.count(c))},
             {"type": "text", "text": f"\n\nPython counts {count} as well.\n\n#### {count}"}])
@@ -343,7 +357,7 @@ def fetch_url(url, check, patience):
     return dest
 
 
-# ---- The mixture: all rows of all sources in one shuffled order --------------------------------------------------------------
+# ---- The mixture: all rows of all sources in one shuffled order ----------------------------------------------------
 
 SOURCES = {     # name: (function, published rows, epochs, rows of validation)
     "smoltalk": (smoltalk, 460_341, 1, 1_000_000),
@@ -392,23 +406,39 @@ class Mixture:
         return ids[:max_tokens], mask[:max_tokens], len(ids)
 
 
-def open_mixture(config, split):
-    """The Mixture of a split ("train" or "val"). What cannot be fetched ends the program with a line for each source, and so
-    does a source that is not of the published size, unless --any-size is given: never a smaller mixture in silence."""
+def source_names(config):
+    """Of the sources, those that this mixture takes."""
     skip = [name for name in config.skip.split(",") if name]
     if unknown := [name for name in skip if name not in SOURCES]:
         sys.exit(f"--skip {unknown[0]}: the sources are {', '.join(SOURCES)}")
     names = ["smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee"] + ["tulu"] * config.tag.endswith("_long")
     names = ["conversations", "spelling", "spellingbee"] if config.conversations else names
+    return [name for name in names if name not in skip]
+
+
+def write_questions(config, path):
+    """Held-out conversations for eval.py to ask, in the words that were learnt: {"source", "messages"} on each line."""
+    lines = []
+    for name in source_names(config):
+        if name in ("mmlu", "gsm8k", "spellingbee"):
+            rows, messages = SOURCES[name][0](config, "val")
+            lines += [json.dumps({"source": name, "messages": messages(i)}) for i in range(min(rows, 20_000 if name != "spellingbee" else 256))]
+    atomic_write(path, "\n".join(lines) + "\n")
+
+
+def open_mixture(config, split):
+    """The Mixture of a split ("train" or "val"). What cannot be fetched ends the program with a line for each source, and so
+    does a source that is not of the published size, unless --any-size is given: never a smaller mixture in silence."""
     sources, errors = [], []
-    for name in names:
+    for name in source_names(config):
         function, published, epochs, val_rows = SOURCES[name]
-        if name in skip or split == "val" and not val_rows:
+        if split == "val" and not val_rows:
             continue
         try:
             rows, messages = function(config, split)
         except FetchError as e:
-            errors.append(f"{name}: {e}. It would have added {published * epochs:,} conversations; to go on without it: --skip {name}")
+            errors.append(f"{name}: {e}. It would have added {published * epochs:,} conversations; "
+                          f"to go on without it: --skip {name}")
             config = replace(config, patience=min(config.patience, 10))     # the net has had its chance
             continue
         if split == "val":
@@ -416,7 +446,8 @@ def open_mixture(config, split):
             sources.append((name, len(chosen), 1, lambda i, messages=messages, chosen=chosen: messages(int(chosen[i]))))
             continue
         if rows != published and not config.any_size and not config.conversations:
-            errors.append(f"{name}: {rows:,} rows where the published mixture has {published:,}; to go on with them: --any-size")
+            errors.append(f"{name}: {rows:,} rows where the published mixture has {published:,}; "
+                          "to go on with them: --any-size")
         sources.append((name, rows, epochs, messages))
     if errors:
         sys.exit("\n".join(errors))
@@ -425,7 +456,7 @@ def open_mixture(config, split):
     return Mixture(sources)
 
 
-# ---- Rows: best-fit packing, whole conversations only ------------------------------------------------------------------------
+# ---- Rows: best-fit packing, whole conversations only --------------------------------------------------------------
 
 class Packer:
     """Rows of T + 1 tokens, packed from whole conversations in the mixture's order, each used exactly once.
@@ -448,8 +479,8 @@ class Packer:
         return i, np.array(ids, np.int32), np.array(mask, bool), length
 
     def state(self):
-        return {"next": self.next, "buffer": [i for i, *_ in self.buffer], "used": self.next - len(self.buffer), "cut": self.cut,
-                "rows": self.rows, "tokens": self.tokens, "sources": self.mixture.counts()}
+        return {"next": self.next, "buffer": [i for i, *_ in self.buffer], "used": self.next - len(self.buffer),
+                "cut": self.cut, "rows": self.rows, "tokens": self.tokens, "sources": self.mixture.counts()}
 
     def refill(self):
         """Adds the next conversation to the buffer; False after the last."""
@@ -502,8 +533,8 @@ def feed(conn, cfg, rows, state):
         mixture = open_mixture(cfg, "train")
         print(mixture.table(), flush=True)
         if state and state["sources"] != mixture.counts():
-            sys.exit(f"the sources are no longer those that the checkpoint was trained on (it had {state['sources']}): restore them, "
-                     f"or delete chatsft_checkpoints/{cfg.tag} to begin anew")
+            sys.exit(f"the sources are no longer those of the checkpoint ({state['sources']}): restore them, or delete "
+                     f"chatsft_checkpoints/{cfg.tag} to begin anew")
         wanted = max(1, cfg.eval_tokens // cfg.max_seq_len)
         validation = Packer(open_mixture(cfg, "val"), enc, cfg.max_seq_len + 1)
         val = validation.batch(wanted)[:, :wanted]
@@ -526,7 +557,9 @@ def start_loader(cfg, rows, state):
     """The receiving end of the loader's process."""
     context = torch.multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    context.Process(target=feed, args=(send, cfg, rows, state), daemon=True).start()
+    process = context.Process(target=feed, args=(send, cfg, rows, state), daemon=True)
+    process.start()
+    atexit.register(process.kill)                               # or leaving would wait for a download of the loader to end
     send.close()
     return receive
 
@@ -547,10 +580,11 @@ def dry_run(cfg):
         for name, rows, _, messages in mixture.sources if split == "train" else []:
             for row in range(min(3, rows)):
                 ids, mask = render(enc, messages(row))
-                print(f"\033[1m{name}, row {row}: {len(ids):,} tokens, {sum(mask):,} learnt\033[0m\n{coloured(enc, ids, mask)}\n")
+                print(f"\033[1m{name}, row {row}: {len(ids):,} tokens, {sum(mask):,} learnt\033[0m")
+                print(coloured(enc, ids, mask), end="\n\n")
 
 
-# ---- The run -------------------------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------------------------
 
 def lr_factor(progress):
     """1 over the first half of the conversations, then linear to 0."""
@@ -568,8 +602,16 @@ def check(cfg, env):
         sys.exit("which model? --tag d18_9tpp_drope_50, for example: the name of a folder in base_checkpoints")
     rows, rest = divmod(cfg.total_batch_size, cfg.max_seq_len)
     if rest or rows < 1 or rows % env.world:
-        sys.exit(f"--total-batch-size {cfg.total_batch_size} must be a multiple of max_seq_len x processes = {cfg.max_seq_len} x {env.world}")
+        sys.exit(f"--total-batch-size {cfg.total_batch_size} must be a multiple of max_seq_len x processes = "
+                 f"{cfg.max_seq_len} x {env.world}")
     return rows
+
+
+def base_name(base):
+    """What tells base models apart: the step and the hash of the model file; "" where there is none."""
+    if not (steps := checkpoint_steps(base)):
+        return ""
+    return f"step {steps[-1]} " + read_meta(base, steps[-1]).get("sha256", {}).get(f"model_{steps[-1]:06d}.pt", "")
 
 
 def starting_point(cfg, folder, tokenizer):
@@ -578,15 +620,18 @@ def starting_point(cfg, folder, tokenizer):
     source = folder if (step := newest_checkpoint(folder)) is not None else base
     step = newest_checkpoint(base) if step is None else step
     if step is None:
-        sys.exit(f"no base model in {base}: train it with `python pretrain.py --tag {base.name} ...` (bash run_all.sh {base.name} does all)")
+        sys.exit(f"no base model in {base}: `bash run_all.sh {base.name}` trains it, and so does python pretrain.py")
     meta = read_meta(source, step)
+    made_from = base_name(base)
+    if source == folder and made_from and meta["base"] != made_from:
+        sys.exit(f"{folder} was made from another base model than the one in {base}: delete that folder to begin anew")
     if meta.get("tokenizer", tokenizer) != tokenizer:
-        sys.exit(f"{source} was trained with another tokenizer than the one in {base_dir() / 'tokenizer'}: put that one back")
+        sys.exit(f"{source} was trained with another tokenizer than {base_dir() / 'tokenizer'}: put its own back")
     if source == base and meta.get("steps", step) != step:
         sys.exit(f"{base} is at step {step} of {meta['steps']}: finish it first, with the command of pretrain.py that began it")
     for field in RECIPE if source == folder else ():
-        if meta["user_config"].get(field) != getattr(cfg, field):
-            sys.exit(f"{folder} was trained with {field} = {meta['user_config'].get(field)}, not {getattr(cfg, field)}: use the same, or delete the folder to begin anew")
+        if (then := meta["user_config"].get(field)) != (now := getattr(cfg, field)):
+            sys.exit(f"{folder} was trained with {field} = {then}, not {now}: use the same, or delete it to begin anew")
     return source, step
 
 
@@ -614,14 +659,14 @@ def main():
     if env.rank == 0:
         receive = start_loader(cfg, rows, loader_state)
 
-    # the model, with or without RoPE as it comes, and its optimizer, whose state goes on while the learning rates begin anew
+    # the model, with RoPE or without as it comes, and its optimizer: its state goes on, the learning rates begin anew
     model, _ = load_model(source, step, env.device, env.dtype)
     model.config.sequence_len = cfg.max_seq_len
     if cfg.fp8:
         set_fp8(model, env.device)
     kernel = attention_kernel(env, model.config)
     reference = {name: meta["user_config"][name] for name in ("embedding_lr", "unembedding_lr", "matrix_lr")}
-    optimizer = build_optimizer(model, **{name: lr * cfg.init_lr_frac for name, lr in reference.items()}, weight_decay=0.0)
+    optimizer = build_optimizer(model, **{name: lr * cfg.init_lr_frac for name, lr in reference.items()})
     fresh = [dict(initial_lr=group["lr"], weight_decay=group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(load_part(source, step, "optim", env.device))
     for group, values in zip(optimizer.param_groups, fresh):
@@ -630,14 +675,15 @@ def main():
     micro = next(m for m in range(min(micro, rows // env.world), 0, -1) if rows // env.world % m == 0)
     compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
     say(f"{'going on' if resumed else 'starting'} from step {step} of {source}", flush=True)
-    base_step, step = (meta["base_step"], step) if resumed else (step, 0)
-    loop = meta["loop_state"] if resumed else dict(use_rope=model.use_rope, min_val_bpb=math.inf, smooth_train_loss=0.0, total_training_time=0.0)
+    base, step = (meta["base"], step) if resumed else (base_name(source), 0)
+    loop = meta["loop_state"] if resumed else dict(
+        use_rope=model.use_rope, min_val_bpb=math.inf, smooth_train_loss=0.0, total_training_time=0.0)
 
     # the conversations
     val, total = None, torch.zeros(2, dtype=torch.int64)
     if env.rank == 0:
-        log_head(cfg, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel, processes=env.world,
-                 use_rope=model.use_rope, **reference)
+        log_head(cfg, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel,
+                 processes=env.world, use_rope=model.use_rope, **reference)
         sys.stdout.flush()
         while not receive.poll(0.5):                            # sources are being fetched, which may take a while
             if stop:
@@ -646,8 +692,9 @@ def main():
         if val is None:
             sys.exit(n)
         val, total = torch.from_numpy(val), torch.tensor([n, val.shape[1]])
-        atomic_write(folder / "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()[:meta["metrics_bytes"]] if resumed else b"")
-        metrics = open(folder / "metrics.jsonl", "a")
+        metrics = folder / "metrics.jsonl"                      # as it was when the checkpoint was made
+        atomic_write(metrics, metrics.read_bytes()[:meta["metrics_bytes"]] if resumed else b"")
+        metrics = open(metrics, "a")
     total, val_rows = broadcast(total, env, (2,), torch.int64).tolist()
     val = broadcast(val, env, (2, val_rows, cfg.max_seq_len), torch.int32).cpu()
     nbytes = token_bytes(enc).to(env.device)
@@ -661,25 +708,26 @@ def main():
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
 
+    not_finite = f"nothing more was saved in {folder}: run again from its last checkpoint, or anew with a lower --init-lr-frac"
+
     def save(finished=False):
         if env.rank == 0:
             for name, p in model.named_parameters():
                 if not torch.isfinite(p).all():
-                    sys.exit(f"step {step}: {name} is not finite; nothing was saved. The last good checkpoint is step {max(checkpoint_steps(folder), default=None)}: lower --init-lr-frac")
+                    sys.exit(f"step {step}: {name} is not finite; {not_finite}")
             os.fsync(metrics.fileno())
             save_checkpoint(folder, step, model, optimizer, loader_state, dict(
-                step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config={**asdict(cfg), **reference}, device_batch_size=micro,
-                max_seq_len=cfg.max_seq_len, total_batch_size=cfg.total_batch_size, dataloader_state_dict=loader_state, loop_state=loop,
-                finished=finished, base_step=base_step, tokenizer=tokenizer_hash(enc), metrics_bytes=metrics.tell(), processes=env.world))
+                step=step, val_bpb=val_bpb, model_config=asdict(model.config), user_config={**asdict(cfg), **reference},
+                device_batch_size=micro, max_seq_len=cfg.max_seq_len, total_batch_size=cfg.total_batch_size,
+                dataloader_state_dict=loader_state, loop_state=loop, finished=finished, base=base,
+                tokenizer=tokenizer_hash(enc), metrics_bytes=metrics.tell(), processes=env.world))
 
     used = loader_state["used"] if resumed else 0
     resumed_at, used_before, started_at, val_bpb = step, used, time.time(), meta["val_bpb"] if resumed else None
     while True:
-        stopping = torch.tensor(bool(stop), dtype=torch.int32, device=env.device)
-        if env.world > 1:
-            torch.distributed.all_reduce(stopping, torch.distributed.ReduceOp.MAX)
+        stopping = any_process(stop, env)
         # A checkpoint of step s is taken before anything else happens at step s, so that whoever starts from it does the rest
-        if step > resumed_at and (stopping or step % cfg.save_every == 0):
+        if step > resumed_at and (stopping or step % cfg.save_every == 0 and used < total):
             save()
         if stopping:
             say(f"stopped by {stop.signal or 'another process'} at step {step}, all saved: the same command goes on from here")
@@ -693,7 +741,7 @@ def main():
             break
 
         # ---- one step ----
-        t0, progress, batch, packing = time.time(), used / total, None, 0.0
+        t0, factor, batch, packing = time.time(), lr_factor(used / total), None, 0.0
         if env.rank == 0:
             batch, state, packing = next_message(receive)
             if batch is None:                                   # a conversation that is none, or a dead loader
@@ -705,7 +753,7 @@ def main():
         batch = broadcast(batch, env, (2, rows, cfg.max_seq_len), torch.int32)
         waited = time.time() - t0
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(progress)
+            group["lr"] = group["initial_lr"] * factor
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(step)
         loss = accumulate_gradients(compiled, batch[0].long(), batch[1].long(), micro, env)
@@ -713,26 +761,28 @@ def main():
         optimizer.zero_grad()
         loss = loss.item()                                      # the step's one wait for the device
         if not math.isfinite(loss):
-            sys.exit(f"step {step}: the loss is {loss}. The last good checkpoint is step {max(checkpoint_steps(folder), default='(none)')} in {folder}; "
-                     f"run again from it, or start anew with a lower --init-lr-frac")
+            sys.exit(f"step {step}: the loss is {loss}; {not_finite}")
         seconds = time.time() - t0
         step += 1
         loop["total_training_time"] += seconds
         loop["smooth_train_loss"] = 0.9 * loop["smooth_train_loss"] + 0.1 * loss
+        smooth = loop["smooth_train_loss"] / (1 - 0.9 ** step)
         left = (time.time() - started_at) / max(1, used - used_before) * (total - used)
-        say(f"step {step:05d} | {100 * used / total:5.1f}% | loss {loop['smooth_train_loss'] / (1 - 0.9 ** step):.4f} | lr {lr_factor(progress):.3f} | "
+        say(f"step {step:05d} | {100 * used / total:5.1f}% | loss {smooth:.4f} | lr {factor:.3f} | "
             f"{cfg.total_batch_size / seconds:,.0f} tok/s | packing {packing:,.0f} rows/s | {seconds:.2f} s | "
             f"left {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}")
-        log(step=step, loss=loss, lr_factor=lr_factor(progress), conversations=used, use_rope=model.use_rope, seconds=seconds, waited=waited,
-            packed_rows_per_second=packing)
+        log(step=step, loss=loss, lr_factor=factor, conversations=used, use_rope=model.use_rope, seconds=seconds,
+            waited=waited, packed_rows_per_second=packing)
         if step == resumed_at + 1:
             gc.collect()
             gc.freeze()                                         # the collector need not look at what lives for the whole run
 
     if env.rank == 0:
+        write_questions(cfg, folder / "questions.jsonl")
         save(finished=True)
         padding = 1 - loader_state["tokens"] / (loader_state["rows"] * (cfg.max_seq_len + 1))
-        print(f"{total:,} conversations in {loader_state['rows']:,} rows: {100 * padding:.2f}% padding, {loader_state['cut']:,} cut at the end of a row")
+        print(f"{total:,} conversations in {loader_state['rows']:,} rows: {100 * padding:.2f}% padding, "
+              f"{loader_state['cut']:,} cut at the end of a row")
         print(f"finished: {folder}, val bpb {val_bpb:.4f}, {loop['total_training_time'] / 60:.1f} minutes of training")
 
 

@@ -21,6 +21,10 @@ import ast
 from dataclasses import asdict, replace
 import eval as ev
 import model as m
+import collections, http.server, threading
+import model
+import sft
+import demo
 
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -1758,9 +1762,8 @@ def test_eval_chat_sections_through_the_export(tmp_path, monkeypatch, capsys):
     assert got[0].startswith("<|output_start|>42<|output_end|>") and got[2].startswith("<|output_start|>0.75<|output_end|>")
     assert "<|output_start|>" not in got[1]
 
-    monkeypatch.setattr(sft, "mmlu", lambda config, split: (3, letters.__getitem__))
-    monkeypatch.setattr(sft, "gsm8k", lambda config, split: (_ for _ in ()).throw(m.FetchError("no network")))
-    monkeypatch.setattr(sft, "spelling_bee", lambda config, split: (3, numbers.__getitem__))
+    asked = [("mmlu", c) for c in letters] + [("spellingbee", c) for c in numbers]      # none of GSM8K
+    m.atomic_write(tmp_path / "chatsft_checkpoints" / "t" / "questions.jsonl", "".join(json.dumps({"source": s, "messages": c}) + "\n" for s, c in asked))
     eval_run(monkeypatch, capsys, "t", "--quick")
     data = json.loads((tmp_path / "chatsft_checkpoints" / "t" / "eval_quick.json").read_text())
     row = (tmp_path / "eval" / "results_quick.md").read_text().splitlines()[4].strip("| ").split(" | ")
@@ -1771,6 +1774,738 @@ def test_eval_chat_sections_through_the_export(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("text, number", [("so #### 18", "18"), ("#### 1,234.", "1234"), ("#### -5", "-5"), ("a #### 1 b #### 2.5", "2.5"), ("18", None), ("#### x", None)])
 def test_eval_final_number(text, number):
     assert ev.final_number(text) == number and ev.final_number([{"type": "python", "text": "1"}, {"type": "text", "text": text}]) == number
+
+
+# ==== sft.py ================================================================================================
+
+# ---- sft.py: conversations, sources, the mixture, packing, the run ------------------------------------------------------------
+
+
+
+
+SFT_SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
+               "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+SFT_BOS, SFT_USER, SFT_USER_END, SFT_ASSISTANT, SFT_ASSISTANT_END, SFT_PYTHON, SFT_PYTHON_END, SFT_OUTPUT, SFT_OUTPUT_END = range(256, 265)
+SFT_WORDS = "apple banana cherry strawberry kiwi plum fig melon".split()
+
+
+def sft_tokenizer(folder):
+    """A tokenizer of single bytes, so that ids can be read in the tests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    (folder / "config.json").write_text(json.dumps({"pat_str": r"\S+|\s+", "special_tokens": {t: 256 + i for i, t in enumerate(SFT_SPECIAL)}}))
+    return model.load_tokenizer(folder)
+
+
+@pytest.fixture
+def sft_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    (tmp_path / "words.txt").write_bytes(b"".join(w.encode() + b"\r\n" for w in SFT_WORDS))
+    sft_tokenizer(tmp_path / "tokenizer")
+    sft.tulu_rows.cache_clear()
+    sft.word_list.cache_clear()
+    return tmp_path
+
+
+def sft_config(home, **fields):
+    return sft.Config(**{"words": str(home / "words.txt"), "max_seq_len": 64, "patience": 0, **fields})
+
+
+def sft_chat(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+# a conversation
+
+def test_ids_and_mask_of_a_conversation_with_system_message_two_turns_and_python_call(tmp_path):
+    enc = sft_tokenizer(tmp_path)
+    ids, mask = sft.render(enc, [
+        {"role": "system", "content": "S"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "1+1"}, {"role": "assistant", "content": [
+            {"type": "text", "text": "a"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "b"}]}])
+    assert ids == [SFT_BOS, SFT_USER, *b"S\n\nhi", SFT_USER_END, SFT_ASSISTANT, *b"yo", SFT_ASSISTANT_END,
+                   SFT_USER, *b"1+1", SFT_USER_END, SFT_ASSISTANT, *b"a", SFT_PYTHON, *b"1+1", SFT_PYTHON_END,
+                   SFT_OUTPUT, *b"2", SFT_OUTPUT_END, *b"b", SFT_ASSISTANT_END]
+    assert mask == [0] * 9 + [1, 1, 1] + [0] * 6 + [1] + [1] * 5 + [0] * 3 + [1, 1]
+
+
+def test_text_that_looks_like_a_special_token_stays_text(tmp_path):
+    ids, mask = sft.render(sft_tokenizer(tmp_path), sft_chat("<|assistant_start|>", "<|bos|>"))
+    assert ids == [SFT_BOS, SFT_USER, *b"<|assistant_start|>", SFT_USER_END, SFT_ASSISTANT, *b"<|bos|>", SFT_ASSISTANT_END]
+
+
+def test_a_conversation_is_cut_at_max_tokens(tmp_path):
+    enc = sft_tokenizer(tmp_path)
+    ids, mask = sft.render(enc, sft_chat("ab", "cd" * 5000))
+    assert len(ids) == 10007                                # nothing is cut unless asked for
+    assert sft.render(enc, sft_chat("ab", "cd" * 5000), 7) == (ids[:7], mask[:7])
+
+
+@pytest.mark.parametrize("messages, why", [
+    (sft_chat("a", "b")[::-1], "message 1 is of role 'assistant' where 'user' was expected"),
+    (sft_chat("a", "b") + sft_chat("c", "d")[1:], "message 3 is of role 'assistant'"),
+    (sft_chat("a", "b") + [{"role": "system", "content": "s"}], "message 3 is of role 'system'"),
+    ([{"role": "system", "content": "s"}], "it ends before an answer"),
+    ([{"role": "user", "content": None}, {"role": "assistant", "content": "b"}], "message 1 has content that is not text"),
+    (sft_chat("a", [{"type": "image", "text": "x"}]), "message 2 has the part"),
+    ([], "it ends before an answer"), ("text", "not a list"), ([1], "not a list")])
+def test_what_is_no_conversation_is_named(tmp_path, messages, why):
+    with pytest.raises(ValueError, match=re.escape(why)):
+        sft.render(sft_tokenizer(tmp_path), messages)
+
+
+def test_coloured_text_is_green_exactly_where_it_is_learnt(tmp_path):
+    enc = sft_tokenizer(tmp_path)
+    text = sft.coloured(enc, *sft.render(enc, sft_chat("hi", "yo")))
+    assert text == "\033[90m<|bos|><|user_start|>hi<|user_end|><|assistant_start|>\033[0m\033[32myo<|assistant_end|>\033[0m"
+
+
+# the sources
+
+def test_calculator_annotations_become_python_calls_and_their_output():
+    assert sft.calculator_parts("50 x <<50*2=100>>100\n#### 100") == [
+        {"type": "text", "text": "50 x "}, {"type": "python", "text": "50*2"}, {"type": "python_output", "text": "100"},
+        {"type": "text", "text": "100\n#### 100"}]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_mmlu_in_both_layouts(sft_home, nested):
+    import pyarrow as pa, pyarrow.parquet as pq
+    row = {"question": "2+2?", "subject": "", "choices": ["3", "4", "5", "6"], "answer": 1}
+    (sft_home / "data/sft/mmlu").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"train": row} if nested else row] * 3), sft_home / "data/sft/mmlu/auxiliary_train-00000-of-00001.parquet")
+    n, conversation = sft.mmlu(sft_config(sft_home), "train")
+    assert n == 3 and conversation(2) == sft_chat(
+        "Multiple Choice question: 2+2?\n- 3=A\n- 4=B\n- 5=C\n- 6=D\n\nRespond only with the letter of the correct answer.", "B")
+
+
+def test_simple_spelling_and_its_word_list_with_crlf(sft_home):
+    n, conversation = sft.simple_spelling(sft_config(sft_home, spelling_rows=7), "train")
+    assert n == 7
+    for i in range(7):
+        word = random.Random(i).choice(SFT_WORDS)
+        assert conversation(i) == sft_chat(f"Spell the word: {word}", f"{word}:{','.join(word)}")
+    assert sft.simple_spelling(sft_config(sft_home), "val")[1](3) == sft.simple_spelling(sft_config(sft_home), "train")[1](10_000_003)
+
+
+def test_spelling_bee_counts_right_in_every_row_and_asks_for_a_letter_of_the_word_in_90_percent(sft_home):
+    n, conversation = sft.spelling_bee(sft_config(sft_home), "train")
+    inside, questions = 0, set()
+    for i in range(3000):
+        user, answer = conversation(i)
+        by_hand, call, output, end = [part["text"] for part in answer["content"]]
+        word, c = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", call).groups()
+        count = word.count(c)
+        assert word in user["content"].lower() and c in user["content"].lower()
+        assert output == str(count) and end.endswith(f"\n\n#### {count}") and f"\n{word}:{','.join(word)}\n" in by_hand
+        assert by_hand.count("hit!") == count and all(f"\n{k}:{letter}" in by_hand for k, letter in enumerate(word, 1))
+        assert f"hit! count={count}" in by_hand or count == 0
+        inside += count > 0
+        questions.add(user["content"].replace(word, "W"))
+    assert abs(inside / 3000 - 0.9) < 0.02 and len(questions) > 1000
+    assert [p["type"] for p in answer["content"]] == ["text", "python", "python_output", "text"]
+    assert conversation(5) == sft.spelling_bee(sft_config(sft_home), "train")[1](5)
+
+
+def test_bad_tulu_rows_are_dropped_and_counted_and_some_good_ones_held_out(sft_home, capsys):
+    good = [sft_chat(f"q{i}", f"a{i}") for i in range(60)]
+    bad = [sft_chat("a"), sft_chat("a", ""), sft_chat("a", " \n"), sft_chat("a", None), sft_chat("a", "b", "c"), sft_chat("a", "b")[1:],
+           sft_chat("a", [{"type": "text", "text": "b"}]), sft_chat("a", "b", "c", "d")[::2], [{"role": "system", "content": "s"}], [], None]
+    lines = [json.dumps({"messages": m}) for m in good[:30] + bad + good[30:]] + ['{"id": 1}', '{"messages": [', "[]"]
+    (sft_home / "data/sft/tulu").mkdir(parents=True)
+    (sft_home / "data/sft/tulu/tulu_v2_data.jsonl").write_text("\n".join(lines))
+    rows = {}
+    for split in ("train", "val"):
+        n, conversation = sft.tulu(sft_config(sft_home), split)
+        rows[split] = [conversation(i) for i in range(n)]
+    assert len(rows["val"]) == 3 and sorted(rows["train"] + rows["val"], key=str) == sorted(good, key=str)
+    assert "14 of 74 rows dropped" in capsys.readouterr().out
+
+
+def test_a_line_of_ones_own_file_that_is_no_conversation_is_named(sft_home):
+    (sft_home / "mine.jsonl").write_text(json.dumps(sft_chat("a", "b")) + "\n" + json.dumps(sft_chat("a")) + "\n")
+    with pytest.raises(SystemExit, match=r"mine.jsonl, line 2: it ends before an answer"):
+        sft.conversations(sft_config(sft_home, conversations=str(sft_home / "mine.jsonl")), "train")
+    with pytest.raises(SystemExit, match="mine_val.jsonl"):
+        sft.conversations(sft_config(sft_home, conversations=str(sft_home / "mine.jsonl")), "val")
+
+
+# the mixture
+
+def sft_sources(**sizes):
+    return [(name, n, epochs, lambda i, name=name: sft_chat(f"{name} {i}", "x" * (i % 50))) for name, (n, epochs) in sizes.items()]
+
+
+def test_every_row_is_in_the_mixture_as_often_as_its_epochs_say_in_an_order_that_does_not_change():
+    mixture = sft.Mixture(sft_sources(a=(5, 1), b=(3, 4)))
+    places = collections.Counter(mixture.where(i)[:2] for i in range(len(mixture)))
+    assert places == {**{("a", i): 1 for i in range(5)}, **{("b", i): 4 for i in range(3)}}
+    assert mixture.order.tolist() == [0, 1, 5, 15, 11, 14, 8, 13, 2, 9, 16, 4, 7, 10, 12, 3, 6]
+
+
+def test_published_sizes_add_up():
+    def total(names):
+        return sum(sft.SOURCES[n][1] * sft.SOURCES[n][2] for n in names)
+    short = ["smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee"]
+    assert total(short) == 460_341 + 2_000 + 299_526 + 29_892 + 200_000 + 80_000 == 1_071_759
+    assert total(short + ["tulu"]) == 1_171_759
+
+
+def test_sources_of_other_sizes_are_refused_unless_asked_for(sft_home, monkeypatch):
+    monkeypatch.setattr(sft, "SOURCES", {n: (lambda c, s: (10, lambda i: sft_chat("a", "b")), 11 if n == "mmlu" else 10, e, v)
+                                         for n, (_, _, e, v) in sft.SOURCES.items()})
+    with pytest.raises(SystemExit) as e:
+        sft.open_mixture(sft_config(sft_home), "train")
+    assert str(e.value) == "mmlu: 10 rows where the published mixture has 11; to go on with them: --any-size"
+    assert len(sft.open_mixture(sft_config(sft_home, any_size=True), "train")) == 10 * (1 + 2 + 3 + 4 + 1 + 1)
+    assert len(sft.open_mixture(sft_config(sft_home, skip="mmlu,identity"), "train")) == 10 * (1 + 4 + 1 + 1)
+    assert len(sft.open_mixture(sft_config(sft_home, skip="mmlu", tag="d2_1tpp_long"), "train")) == 10 * (1 + 2 + 4 + 1 + 1 + 1)
+    with pytest.raises(SystemExit, match="--skip mlu: the sources are smoltalk, "):
+        sft.open_mixture(sft_config(sft_home, skip="mlu"), "train")
+
+
+def test_each_source_that_cannot_be_fetched_is_one_line_that_says_what_is_lost_and_how_to_go_on(sft_home, monkeypatch):
+    def gone(repo, filename, dest, **options):
+        raise model.FetchError(f"{repo} is gone")
+    monkeypatch.setattr(sft, "fetch", gone)
+    with pytest.raises(SystemExit) as e:
+        sft.open_mixture(sft_config(sft_home, identity="nowhere.jsonl", bee_rows=80_000), "train")
+    assert str(e.value).splitlines() == [
+        "smoltalk: HuggingFaceTB/smol-smoltalk is gone. It would have added 460,341 conversations; to go on without it: --skip smoltalk",
+        "identity: no file nowhere.jsonl. It would have added 2,000 conversations; to go on without it: --skip identity",
+        "mmlu: cais/mmlu is gone. It would have added 299,526 conversations; to go on without it: --skip mmlu",
+        "gsm8k: openai/gsm8k is gone. It would have added 29,892 conversations; to go on without it: --skip gsm8k"]
+
+
+def test_plain_files_are_fetched_again_after_errors_damage_and_cuts(sft_home, monkeypatch, capsys):
+    good = b"".join(json.dumps(sft_chat("q" * 50, "a")).encode() + b"\n" for _ in range(20))
+    damaged = good[:700] + bytes([good[700] ^ 255]) + good[701:]
+    answers = [(429, b"", {"Retry-After": "7"}), (503, b"", {}), (200, good[:-30], {}), (200, damaged, {}), (200, good[:100], {"Content-Length": str(len(good))}), (200, good, {})]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/missing":
+                return self.send_error(404)
+            status, body, headers = answers.pop(0)
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(body)
+        def log_message(self, *args): pass
+
+    server, pauses = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler), []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(sft.time, "sleep", pauses.append)
+    url = f"http://127.0.0.1:{server.server_port}"
+    n, conversation = sft.identity(sft_config(sft_home, identity=f"{url}/identity.jsonl", patience=600), "train")
+    assert n == 20 and (sft_home / "data/sft/identity.jsonl").read_bytes() == good and not answers
+    assert pauses == [7, 2, 4, 8, 16]                       # growing, and as long as the server asked for
+    with pytest.raises(model.FetchError, match="404"):      # no use in asking again
+        sft.fetch_url(f"{url}/missing", lambda data: "", 600)
+    server.shutdown()
+    assert sft.identity(sft_config(sft_home, identity=f"{url}/identity.jsonl"), "train")[0] == 20   # no network from here on
+
+
+# packing
+
+def sft_naive_rows(lengths, row_len, size=100):
+    """Best fit written out: rows of conversation numbers."""
+    waiting, buffer, rows = list(enumerate(lengths)), [], []
+    while waiting or buffer:
+        row, room = [], row_len
+        while True:
+            while waiting and len(buffer) < size:
+                buffer.append(waiting.pop(0))
+            fitting = [b for b in buffer if min(b[1], row_len) <= room]
+            if not fitting:
+                break
+            longest = max(min(b[1], row_len) for b in fitting)
+            best = next(b for b in fitting if min(b[1], row_len) == longest)
+            buffer.remove(best)
+            row.append(best[0])
+            room -= longest
+        rows.append(row)
+    return rows
+
+
+def sft_varied_mixture(n=400):
+    rng = random.Random(1)
+    texts = ["x" * rng.choice([0, 1, 5, 10, 20, 40, 70]) for _ in range(n)]
+    return sft.Mixture([("a", n, 1, lambda i: sft_chat(f"{i:04d}", texts[i]))])
+
+
+def test_packing_equals_a_naive_best_fit_and_uses_every_conversation_exactly_once(tmp_path):
+    enc, mixture, T = sft_tokenizer(tmp_path), sft_varied_mixture(), 60
+    lengths = [mixture.rendered(i, enc, None)[2] for i in range(len(mixture))]
+    assert max(lengths) > T + 1                             # some are longer than a row
+    packer, rows = sft.Packer(mixture, enc, T + 1), []
+    while (row := packer.next_row()) is not None:
+        rows.append(row)
+    naive = sft_naive_rows(lengths, T + 1)
+    assert sorted(i for row in naive for i in row) == list(range(400)) and len(rows) == len(naive)
+    for (ids, mask), conversations in zip(rows, naive):
+        parts = [mixture.rendered(i, enc, T + 1) for i in conversations]
+        padding = T + 1 - sum(len(p[0]) for p in parts)
+        assert ids.tolist() == [t for p in parts for t in p[0]] + [SFT_BOS] * padding
+        assert mask.tolist() == [bool(m) for p in parts for m in p[1]] + [False] * padding
+    assert packer.cut == sum(n > T + 1 for n in lengths) and packer.state()["used"] == 400
+
+
+def test_targets_are_the_learnt_tokens_and_nothing_else(tmp_path):
+    enc, mixture = sft_tokenizer(tmp_path), sft.Mixture([("a", 1, 1, lambda i: sft_chat("hi", "yo"))])
+    x, y = sft.Packer(mixture, enc, 17).batch(2)
+    assert x[0].tolist() == [SFT_BOS, SFT_USER, *b"hi", SFT_USER_END, SFT_ASSISTANT, *b"yo", SFT_ASSISTANT_END] + [SFT_BOS] * 7
+    assert y[0].tolist() == [-1] * 5 + [*b"yo", SFT_ASSISTANT_END] + [-1] * 8
+    assert (x[1] == SFT_BOS).all() and (y[1] == -1).all()   # the last batch is filled up with padding
+
+
+def test_packing_goes_on_exactly_from_any_state_that_went_through_json(tmp_path):
+    enc, mixture = sft_tokenizer(tmp_path), sft_varied_mixture()
+    packer, batches, states = sft.Packer(mixture, enc, 61), [], []
+    while (batch := packer.batch(8)) is not None:
+        batches.append(batch), states.append(json.dumps(packer.state()))
+    assert len(batches) > 10
+    for k in (0, 3, len(batches) - 2):
+        again = sft.Packer(mixture, enc, 61, json.loads(states[k]), threads=1)
+        rest = []
+        while (batch := again.batch(8)) is not None:
+            rest.append(batch)
+        assert all(np.array_equal(a, b) for a, b in zip(batches[k + 1:], rest, strict=True)) and json.dumps(again.state()) == states[-1]
+
+
+def test_rows_and_batches_without_a_learnt_token_give_no_nan():
+    torch.manual_seed(0)
+    net = model.GPT(model.GPTConfig(16, 265, 1, 1, 1, 32))
+    net.init_weights()
+    env = model.Env(0, 1, torch.device("cpu"), torch.float32, None)
+    x = torch.randint(265, (4, 16))
+    y = torch.full((4, 16), -1)
+    assert model.accumulate_gradients(net, x, y, 1, env).item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+    y[2, 5:8] = 7
+    alone = net(x[2:3], y[2:3]).item() / 3                  # the mean over the three counted tokens of the batch
+    assert model.accumulate_gradients(net, x, y, 1, env).item() == pytest.approx(alone, rel=1e-6)
+
+
+# the run
+
+def test_schedules_of_fine_tuning_at_their_corners():
+    assert [sft.lr_factor(p) for p in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
+    assert [sft.muon_momentum(s) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def sft_base(home, tag="t", use_rope=False):
+    """A base model, its optimizer in the middle of things, and conversations of one's own."""
+    from muon import build_optimizer
+    enc = sft_tokenizer(home / "tokenizer")
+    torch.manual_seed(0)
+    net = model.GPT(model.GPTConfig(128, enc.n_vocab, 2, 1, 1, 32), use_rope)
+    net.init_weights()
+    optimizer = build_optimizer(net, weight_decay=0.3)
+    net(torch.arange(32).view(1, 32), torch.arange(32).view(1, 32)).backward()
+    optimizer.step()
+    folder = home / "base_checkpoints" / tag
+    model.save_checkpoint(folder, 3, net, optimizer, {}, dict(
+        step=3, steps=3, val_bpb=2.0, model_config=vars(net.config), user_config=dict(embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02),
+        device_batch_size=4, max_seq_len=64, loop_state=dict(use_rope=use_rope), tokenizer=model.tokenizer_hash(enc)))
+    lines = [json.dumps(sft_chat(f"what is {w} {i}?", f"{w} is a fruit. " * (i % 4 + 1))) + "\n" for i in range(9) for w in SFT_WORDS]
+    (home / "mine.jsonl").write_text("".join(lines[:64]))
+    (home / "mine_val.jsonl").write_text("".join(lines[64:]))
+    return folder
+
+
+def sft_command(home, *more, tag="t"):
+    return [str(Path(sft.__file__)), "--tag", tag, "--conversations", str(home / "mine.jsonl"), "--words", str(home / "words.txt"), "--spelling-rows", "30",
+            "--bee-rows", "4", "--max-seq-len", "128", "--total-batch-size", "512", "--eval-every", "4", "--eval-tokens", "512", "--save-every", "2", *more]
+
+
+def sft_run(home, command, kill=None, at=0):
+    """Runs a command; with `kill`, sends that signal when the log line of step `at` appears. -> exit code, output"""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if kill and line.startswith(f"step {at:05d} "):
+            process.send_signal(kill)
+    return process.wait(), "".join(output)
+
+
+def sft_result(home, tag="t"):
+    folder = home / "chatsft_checkpoints" / tag
+    step = model.checkpoint_steps(folder)[-1]
+    timings = ("seconds", "waited", "packed_rows_per_second")
+    metrics = [{k: v for k, v in json.loads(line).items() if k not in timings} for line in (folder / "metrics.jsonl").open()]
+    return {"meta": model.read_meta(folder, step), "metrics": metrics, "loader": model.load_part(folder, step, "loader"),
+            "model": model.load_part(folder, step, "model"), "optim": model.load_part(folder, step, "optim")}
+
+
+def sft_same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(sft_same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(sft_same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def test_a_run_uses_every_conversation_once_keeps_rope_off_and_ends_the_same_however_often_it_is_interrupted(sft_home):
+    homes = [sft_home / "whole", sft_home / "broken"]
+    for home in homes:
+        sft_base(home)
+        (home / "words.txt").write_text("\n".join(SFT_WORDS))
+    code, output = sft_run(homes[0], sft_command(homes[0]))
+    assert code == 0, output
+    whole = sft_result(homes[0])
+    steps = whole["meta"]["step"]
+    assert steps >= 8 and whole["meta"]["finished"] and whole["meta"]["loop_state"]["use_rope"] is False
+    assert whole["loader"]["used"] == 64 + 30 + 4 == whole["metrics"][-2]["conversations"]
+    assert whole["metrics"][-1]["val_bpb"] < whole["metrics"][0]["val_bpb"]
+    assert [g["weight_decay"] for g in whole["optim"]["param_groups"]] == [0.01, 0.001] + [0.0] * (len(whole["optim"]["param_groups"]) - 2)
+    assert whole["optim"]["param_groups"][2]["initial_lr"] == pytest.approx(0.8 * 0.02)
+    assert whole["optim"]["state"][0]["step"] == 1 + steps  # the optimizer's state went on
+
+    assert sft_run(homes[1], sft_command(homes[1]), signal.SIGKILL, 3)[0] == -signal.SIGKILL
+    code, output = sft_run(homes[1], sft_command(homes[1]), signal.SIGTERM, 5)
+    assert code == model.INTERRUPTED and "stopped by SIGTERM" in output
+    code, output = sft_run(homes[1], sft_command(homes[1], "--device-batch-size", "2"))
+    assert code == 0 and "going on from step" in output, output
+    broken = sft_result(homes[1])
+    assert sft_same(whole["model"], broken["model"]) and sft_same(whole["optim"], broken["optim"]) and whole["loader"] == broken["loader"]
+    assert whole["metrics"] == broken["metrics"]
+    code, output = sft_run(homes[1], sft_command(homes[1]))
+    assert code == 0 and "is finished (step" in output
+
+    code, output = sft_run(homes[0], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *sft_command(homes[0], tag="t_long")])
+    assert code == 0, output                                # t_long: the base of t, two processes
+    losses = [[m["loss"] for m in sft_result(homes[0], tag)["metrics"] if "loss" in m] for tag in ("t", "t_long")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert sft_result(homes[0], "t_long")["meta"]["loop_state"]["use_rope"] is False
+
+
+@pytest.mark.parametrize("change, why", [
+    (lambda home: None, "no base model in"),
+    (lambda home: model.atomic_write(sft_base(home) / "meta_000003.json", json.dumps({**model.read_meta(home / "base_checkpoints/t", 3), "steps": 9})), "at step 3 of 9: finish it first"),
+    (lambda home: (sft_base(home), (home / "tokenizer/config.json").write_text((home / "tokenizer/config.json").read_text().replace("S+", "S"))), "another tokenizer"),
+])
+def test_a_base_model_that_will_not_do_is_refused_in_one_line(sft_home, monkeypatch, change, why):
+    change(sft_home)
+    monkeypatch.setattr(sys, "argv", sft_command(sft_home))
+    with pytest.raises(SystemExit, match=why) as e:
+        sft.starting_point(sft_config(sft_home, tag="t"), sft_home / "chatsft_checkpoints/t", model.tokenizer_hash(model.load_tokenizer(sft_home / "tokenizer")))
+    assert "\n" not in str(e.value) and not (sft_home / "chatsft_checkpoints/t").exists()
+
+
+@pytest.mark.parametrize("options, why", [(["--tag", ""], "which model"), (["--total-batch-size", "1000"], "multiple of max_seq_len x processes = 128 x 1"),
+                                          (["--max-seq-len", "64k"], "--max-seq-len")])
+def test_options_that_cannot_be_are_refused_in_one_line(sft_home, monkeypatch, options, why):
+    monkeypatch.setattr(sys, "argv", sft_command(sft_home, *options))
+    with pytest.raises(SystemExit, match=why) as e:
+        sft.main()
+    assert "\n" not in str(e.value)
+
+
+def test_dry_run_counts_and_shows_every_source_and_trains_nothing(sft_home, monkeypatch, capsys):
+    sft_base(sft_home)
+    monkeypatch.setattr(sys, "argv", sft_command(sft_home, "--dry-run"))
+    sft.main()
+    out = capsys.readouterr().out
+    assert "conversations        64 rows x 1 =        64" in out and re.search(r"conversations +=        98", out)
+    assert out.count("\033[1mspellingbee, row") == 3 and "\033[32mapple is a fruit." in out
+    assert not (sft_home / "chatsft_checkpoints").exists()
+
+
+# ==== demo.py ===============================================================================================
+
+DEMO_PY = Path(demo.__file__)
+CORPUS_FILES = ("shard_00000.parquet", "shard_06542.parquet", "conversations.jsonl", "conversations_val.jsonl", "words.txt")
+
+
+@pytest.fixture(scope="module")
+def demo_corpus(tmp_path_factory):
+    return demo.write_corpus(tmp_path_factory.mktemp("demo") / "data" / "demo")
+
+
+def demo_texts(folder, shard):
+    return pq.read_table(folder / f"shard_{shard:05d}.parquet")["text"].to_pylist()
+
+
+def demo_pairs(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# ---- the corpus ----
+
+def test_demo_corpus_has_climbmix_layout(demo_corpus):
+    for shard in (0, 6542):
+        file = pq.ParquetFile(demo_corpus / f"shard_{shard:05d}.parquet")
+        assert [(f.name, str(f.type)) for f in file.schema_arrow] == [("text", "string")]
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        assert all(g.num_rows == 1024 for g in groups[:-1]) and groups[-1].num_rows <= 1024
+        assert {g.column(0).compression for g in groups} == {"ZSTD"}
+
+
+def test_demo_corpus_is_the_same_on_every_run_and_is_made_once(demo_corpus, tmp_path, capsys):
+    command = [sys.executable, DEMO_PY, "corpus", "--base-dir", tmp_path]       # another process, another hash seed
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    for name in CORPUS_FILES:
+        assert (tmp_path / "data/demo" / name).read_bytes() == (demo_corpus / name).read_bytes(), name
+    before = {name: (demo_corpus / name).stat().st_mtime_ns for name in CORPUS_FILES}
+    demo.write_corpus(demo_corpus)
+    assert "already" in capsys.readouterr().out
+    assert before == {name: (demo_corpus / name).stat().st_mtime_ns for name in CORPUS_FILES}
+
+
+def test_demo_training_and_validation_documents_are_disjoint(demo_corpus):
+    train, val = demo_texts(demo_corpus, 0), demo_texts(demo_corpus, 6542)
+    assert 0.04 < len(val) / (len(train) + len(val)) < 0.06
+    assert not set(train) & set(val)
+    assert sum(map(len, train)) > 1_000_000 and all(text.strip() for text in train + val)
+
+
+def test_demo_no_training_pair_comes_from_a_validation_document(demo_corpus):
+    pairs, pairs_val = demo_pairs(demo_corpus, "conversations.jsonl"), demo_pairs(demo_corpus, "conversations_val.jsonl")
+    assert len(pairs) > 1000 and len(pairs_val) > 50
+    for messages in pairs + pairs_val:
+        assert [m["role"] for m in messages] == ["user", "assistant"] and all(m["content"].strip() for m in messages)
+    questions = lambda pairs: {messages[0]["content"] for messages in pairs}
+    assert not questions(pairs) & questions(pairs_val)
+    texts = {shard: "".join(" ".join(text.split()) + "\n" for text in demo_texts(demo_corpus, shard)) for shard in (0, 6542)}
+    for messages in pairs_val:
+        assert messages[1]["content"] in texts[6542]
+    for messages in pairs[::50]:
+        assert messages[1]["content"] in texts[0]
+
+
+def test_demo_knows_what_os_path_join_does(demo_corpus):
+    pairs = demo_pairs(demo_corpus, "conversations.jsonl") + demo_pairs(demo_corpus, "conversations_val.jsonl")
+    answer = next(a["content"] for q, a in pairs if " os.path.join" in q["content"])
+    assert answer.startswith("Join two or more pathname components")
+
+
+def test_demo_words_are_lowercase_words(demo_corpus):
+    words = (demo_corpus / "words.txt").read_text().split("\n")[:-1]
+    assert len(words) > 1000 and words == sorted(set(words))
+    assert all(word.isalpha() and word.isascii() and word.islower() for word in words) and "string" in words
+
+
+def test_demo_gathers_docstrings_without_running_anything(tmp_path):
+    (tmp_path / "trap.py").write_text('"""A module whose import would end the program."""\nraise SystemExit\n'
+                                      'def f():\n    """Does a thing that is long enough."""\n'
+                                      'class C:\n    """Holds things that are long enough."""\n'
+                                      '    def g(self):\n        """Does a thing that is long enough."""\n')
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "hidden.py").write_text('"""Tests are no documentation of anything."""\n')
+    documents = [members for _, members in demo.gather(tmp_path) if any("trap" in name for _, name, _ in members)]
+    assert sorted(documents) == [       # a document each; g's docstring is f's, so it is left out
+        [("class", "trap.C", "Holds things that are long enough.")],
+        [("function", "trap.f", "Does a thing that is long enough.")],
+        [("module", "trap", "A module whose import would end the program.")]]
+    assert not any("hidden" in text for text, _ in demo.gather(tmp_path))
+
+
+def test_demo_corpus_without_standard_library_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "gather", lambda: [])
+    with pytest.raises(SystemExit, match="use another one"):
+        demo.write_corpus(tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
+# ---- the task ----
+
+def demo_generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+DEMO_STREAM = torch.cat([torch.tensor([431]), torch.arange(400)])      # <|bos|> and text; every id below 440
+
+
+def demo_key_of(fact):
+    return (fact - demo.FACT) // demo.N_VALUES
+
+
+def demo_is_fact(ids):
+    return (ids >= demo.FACT) & (ids < demo.KEY)
+
+
+def test_demo_the_answer_is_the_fact_of_the_key_asked():
+    rows, _ = demo.make_rows(DEMO_STREAM, 200, 96, demo_generator(), final=True)
+    assert rows.shape == (200, 97) and (rows[:, 0] == 431).all()
+    for row in rows:
+        *context, key, answer = row.tolist()
+        facts = [token for token in context if demo.FACT <= token < demo.KEY]
+        assert len({demo_key_of(fact) for fact in facts}) == len(facts) == 4 and not any(token >= demo.KEY for token in context)
+        assert [fact for fact in facts if demo_key_of(fact) == key - demo.KEY] == [answer]      # one fact of that key, and it is the answer
+    assert rows[:, -2].unique().tolist() == list(range(demo.KEY, demo.KEY + 8))
+
+
+def test_demo_training_rows_have_one_question_after_one_to_four_facts():
+    rows, weights = demo.make_rows(DEMO_STREAM, 400, demo.T, demo_generator())
+    assert rows.shape == (400, demo.T + 1) and weights.shape == (400, demo.T)
+    counts = set()
+    for row, weight in zip(rows, weights):
+        question = (row >= demo.KEY).nonzero().item()
+        facts = [i for i in range(question) if demo_is_fact(row[i])]
+        counts.add(len(facts))
+        assert row[question + 1] in row[facts] and demo_key_of(row[question + 1]) == row[question] - demo.KEY
+        expected = torch.ones(demo.T)                           # weight[i] belongs to the prediction of token i + 1
+        expected[[i - 1 for i in facts] + [question - 1]] = 0
+        expected[question] = demo.WEIGHT
+        assert weight.equal(expected) and not demo_is_fact(row[question + 2:]).any()
+    assert counts == {1, 2, 3, 4}
+
+
+def demo_answering(choose):
+    """A model whose argmax at the last position is choose(row)."""
+    def model(idx):
+        logits = torch.zeros(*idx.shape, demo.VOCAB)
+        for b, row in enumerate(idx):
+            logits[b, -1, choose(row)] = 9.0
+        return logits
+    return model
+
+
+def test_demo_a_perfect_copy_scores_all_and_guessing_the_floor():
+    rows, _ = demo.make_rows(DEMO_STREAM, 500, 128, demo_generator(), final=True)
+    copy = demo_answering(lambda row: next(t for t in row if demo_is_fact(t) and demo_key_of(t) == row[-1] - demo.KEY))
+    assert demo.retrieval(copy, rows)[0] == 500
+    guess = demo_answering(lambda row: next(t for t in row if demo_is_fact(t)))
+    assert demo.retrieval(guess, rows)[0] / 500 == pytest.approx(demo.FLOOR, abs=0.06)
+
+
+def test_demo_bits_per_byte_counts_the_last_tokens_and_no_bos():
+    calls = []
+    def model(idx, targets, reduction):                         # ln 2 nats a token, but the first half of a row is never looked at
+        calls.append(idx.shape)
+        losses = torch.full(targets.shape, 0.6931472)
+        losses[:, :-demo.TAIL] = 1e9
+        return losses
+    windows = torch.zeros(3, 65, dtype=torch.long)
+    windows[0, -2] = 1
+    assert demo.tail_bits_per_byte(model, windows, torch.tensor([1, 0])) == pytest.approx(1.0)
+    assert demo.tail_bits_per_byte(model, windows, torch.tensor([2, 0])) == pytest.approx(0.5)
+
+
+# ---- training and remedies ----
+
+def test_demo_drope_is_rope_until_the_switch_and_the_same_on_every_run(monkeypatch):
+    seen = []
+    class Watched(demo.GPT):
+        def forward(self, *args, **kwargs):
+            losses = super().forward(*args, **kwargs)
+            seen.append((self.use_rope, losses.sum().item()))
+            return losses
+    monkeypatch.setattr(demo, "GPT", Watched)
+    def run(arm):
+        seen.clear()
+        state = demo.train(arm, 3, 4, DEMO_STREAM.repeat(3)).state_dict()
+        return [rope for rope, _ in seen], [loss for _, loss in seen], state
+    rope, losses, _ = run("RoPE")
+    drope, losses_drope, state = run("DroPE 50")
+    assert rope == [True] * 4 and drope == [True] * 2 + [False] * 2
+    assert losses[:2] == losses_drope[:2] and losses[3:] != losses_drope[3:]
+    assert run("NoPE")[0] == [False] * 4
+    again = run("DroPE 50")
+    assert again[1] == losses_drope and all(state[k].equal(v) for k, v in again[2].items())
+
+
+def test_demo_remedies_change_nothing_within_the_training_length():
+    torch.manual_seed(0)
+    model = demo.GPT(demo.GPTConfig(demo.T, demo.VOCAB, 2, 2, 2, 64))
+    model.init_weights()
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.attn.c_proj.weight, std=0.5)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    idx = torch.randint(0, 440, (2, 4 * demo.T))
+    with torch.no_grad():
+        plain, short = model(idx), model(idx[:, :demo.T])
+        demo.set_remedies(model)
+        torch.testing.assert_close(model(idx), plain)
+        for remedies in (dict(c=0.4), dict(tables=demo.ntk_tables)):
+            demo.set_remedies(model, **remedies)
+            torch.testing.assert_close(model(idx[:, :demo.T]), short)
+            assert (model(idx) - plain)[:, -1].abs().max() > 1e-3
+        demo.set_remedies(model, c=0.4)
+        torch.testing.assert_close(model(idx)[:, :demo.T], plain[:, :demo.T])
+
+
+def test_demo_temperature_multiplies_the_logits_of_each_query():
+    model = demo.GPT(demo.GPTConfig(demo.T, demo.VOCAB, 1, 1, 1, 32))
+    demo.set_remedies(model, c=0.5)
+    q, k, v = torch.randn(3, 1, 1, 2 * demo.T, 32)
+    beta = torch.tensor([max(1.0, 1 + 0.5 * torch.tensor(n / demo.T).log().item()) for n in range(1, 2 * demo.T + 1)])
+    scores = (q @ k.mT / 32 ** 0.5 * beta[:, None]).masked_fill(torch.ones(2 * demo.T, 2 * demo.T).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(model.transformer.h[0].attn.attend(q, k, v), scores.softmax(-1) @ v)
+
+
+# ---- results ----
+
+def demo_results(seeds=1, **right_far):
+    """Results in which all is right but, as trained and at the greatest length, the shares that are given."""
+    results = []
+    for seed in range(seeds):
+        for name in demo.LINES:
+            for remedy in ("as trained", "temperature fitted"):
+                share = right_far.get(name.replace(" ", "_"), 1.0) if remedy == "as trained" else 1.0
+                right = {str(n): demo.PROMPTS for n in demo.LENGTHS[:-1]} | {str(demo.LENGTHS[-1]): round(share * demo.PROMPTS) + seed}
+                results.append(dict(seed=seed, name=name, remedy=remedy, c=0.0, right=right, bpb={str(n): 2.0 + 0.3 * ("DroPE" in name) for n in demo.LENGTHS}))
+    return results
+
+
+def test_demo_intervals_are_wilsons_for_one_seed_and_the_range_for_several():
+    assert demo.wilson(128, 256) == pytest.approx((0.43920, 0.56080), abs=1e-5)
+    rates, _ = demo.summarize(demo_results(RoPE=0.5))
+    assert rates["RoPE", "as trained"][8] == pytest.approx((0.5, 0.43920, 0.56080), abs=1e-5)
+    rates, bpb = demo.summarize(demo_results(seeds=3, RoPE=0.5))
+    assert rates["RoPE", "as trained"][8] == pytest.approx((129 / 256, 128 / 256, 130 / 256))
+    assert bpb["DroPE 50", "as trained"][1] == pytest.approx(2.3)
+
+
+def test_demo_conclusion_follows_from_the_numbers():
+    helped = demo.conclusion(demo_results(RoPE=0.2))
+    assert "DroPE buys retrieval" in helped and "pays for it" in helped and "beats neither" in helped
+    assert "does not buy" in demo.conclusion(demo_results())
+    hurt = demo.conclusion(demo_results(DroPE_50=0.2, DroPE_75=0.2))
+    assert "worse than RoPE" in hurt and "does not buy" in hurt
+
+
+def test_demo_goes_through_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    """All arms, a few steps, in this process: results, table, conclusion, and a figure that is not blank."""
+    import base64
+    import pyarrow as pa
+    monkeypatch.setattr(demo, "PROMPTS", 8)
+    monkeypatch.setattr(demo, "SCALES", (0.0, 0.4))
+    for shard in (0, 6542):
+        pq.write_table(pa.table({"text": ["some words of text, " * 60] * 2}), tmp_path / f"shard_{shard:05d}.parquet")
+    (tmp_path / "tokenizer.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    (tmp_path / "config.json").write_text(json.dumps({"pat_str": r"\S+|\s+", "special_tokens": {"<|bos|>": 256}}))
+    threads = torch.get_num_threads()
+    jobs = [(arm, 0, 2, tmp_path, tmp_path, tmp_path / f"{arm}.json") for arm in demo.ARMS]
+    results = [r for job in jobs for r in demo.run_arm(job)]
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(demo, "train", None)                    # a second run finds the results of the first
+    assert [r for job in jobs for r in demo.run_arm(job)] == results
+    assert {(r["name"], r["remedy"]) for r in results} == {(n, r) for n in demo.LINES for r in ("as trained", "temperature fitted")}
+    assert len(demo.table(results).splitlines()) == 2 + 2 * len(demo.LINES)
+    assert "So at this scale" in demo.conclusion(results)
+    figure = tmp_path / "figures" / "demo.png"
+    assert demo.draw(results, figure)
+    import matplotlib.image
+    pixels = matplotlib.image.imread(figure)
+    assert pixels.shape[0] > 300 and pixels.shape[1] > 1000 and len({tuple(p) for p in (pixels[::3, ::3, :3].reshape(-1, 3) * 255).astype(int)}) > 20
+    monkeypatch.setitem(sys.modules, "matplotlib", None)        # as where it is not installed
+    assert not demo.draw(results, tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, message", [(["raport"], "unknown"), (["report"], "--tag"), (["--seeds", "0"], "--seeds 0"),
+                                           (["report", "--tag", "d9_9tpp"], "pretrain.py --tag d9_9tpp")])
+def test_demo_bad_use_is_one_line(args, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *args] + ["--base-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=message) as stop:
+        demo.main()
+    assert "\n" not in stop.value.code and not list(tmp_path.iterdir())
 
 
 if __name__ == "__main__":
