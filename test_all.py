@@ -25,6 +25,14 @@ import collections, http.server, threading
 import model
 import sft
 import demo
+import inspect
+import shutil
+import types
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+import export_hf
+import modeling_nanochat as hf
+from model import GPT, GPTConfig, atomic_write, checkpoint_files, load_model, load_tokenizer, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -2506,6 +2514,828 @@ def test_demo_bad_use_is_one_line(args, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message) as stop:
         demo.main()
     assert "\n" not in stop.value.code and not list(tmp_path.iterdir())
+
+
+# ==== modeling_nanochat.py and export_hf.py =================================================================
+
+HF5 = int(transformers.__version__.split(".")[0]) >= 5
+HF_SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
+              "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+HF_NEVER = 9999                         # an id that does not exist, as eos: generation does not stop
+HF_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+              r"|\s*[\r\n]|\s+(?!\S)|\s+")
+
+
+# ---- A tiny tokenizer, two tiny models (RoPE and DroPE), their exports ------------------------------------------
+
+def hf_make_tokenizer(folder, vocab_size=512):
+    """Byte pair encoding the slow way, over a few words; stored as tok.py stores it."""
+    import base64
+    text = " " + export_hf.__doc__ + inspect.getsource(random)[:9000]
+    words = [[bytes([b]) for b in w.encode()] for w in text.split(" ")]
+    ranks = {bytes([i]): i for i in range(256)}
+    while len(ranks) < vocab_size - len(HF_SPECIAL):
+        pairs = {}
+        for w in words:
+            for pair in zip(w, w[1:]):
+                pairs[pair] = pairs.get(pair, 0) + 1
+        best = max((p for p in pairs if p[0] + p[1] not in ranks), key=lambda p: (pairs[p], p))
+        ranks[best[0] + best[1]] = len(ranks)
+        for w in words:
+            for i in range(len(w) - 1, 0, -1):
+                if (w[i - 1], w[i]) == best:
+                    w[i - 1:i + 1] = [best[0] + best[1]]
+    lines = "".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items())
+    atomic_write(folder / "tokenizer.tiktoken", lines)
+    special = {t: len(ranks) + i for i, t in enumerate(HF_SPECIAL)}
+    atomic_write(folder / "config.json", json.dumps({"pat_str": HF_PATTERN, "special_tokens": special}))
+
+
+def hf_make_checkpoint(folder, use_rope, seed):
+    """A checkpoint of random weights, large enough that attention and softcap matter."""
+    torch.manual_seed(seed)
+    config = GPTConfig(sequence_len=64, vocab_size=512, n_layer=3, n_head=2, n_kv_head=2, n_embd=64)
+    model = GPT(config, use_rope)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}, "param_groups": []})
+    meta = {"step": 7, "steps": 7, "switch": 7 if use_rope else 4, "val_bpb": 1.2345,
+            "total_batch_size": 1024, "max_seq_len": 64, "model_config": vars(config), "user_config": {},
+            "revision": "abc123", "loop_state": {"use_rope": use_rope}}
+    save_checkpoint(folder, 7, model, optimizer, {}, meta)
+
+
+HF_TAGS = {"d3_9tpp": True, "d3_9tpp_drope_50": False, "d3_9tpp_drope_50_long": False}
+
+
+@pytest.fixture(scope="module")
+def hf_out(tmp_path_factory):
+    """The base folder: a tokenizer, checkpoints and exports of three tags."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("hf") / "out"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NANOCHAT_BASE_DIR", str(out))
+    hf_make_tokenizer(out / "tokenizer")
+    for i, (tag, use_rope) in enumerate(HF_TAGS.items()):
+        if not tag.endswith("_long"):
+            hf_make_checkpoint(out / "base_checkpoints" / tag, use_rope, seed=i)
+        hf_make_checkpoint(out / "chatsft_checkpoints" / tag, use_rope, seed=10 + i)
+        export_hf.main(["--tag", tag])
+    yield out
+    patch.undo()
+
+
+@pytest.fixture(scope="module", params=["rope", "drope"])
+def hf_pair(request, hf_out):
+    """model.py's model with its weights rounded to bfloat16, and the export of the same checkpoint, both float32."""
+    tag = "d3_9tpp" if request.param == "rope" else "d3_9tpp_drope_50"
+    ours, _ = load_model(hf_out / "base_checkpoints" / tag)
+    for p in ours.parameters():
+        p.data = p.data.bfloat16().float()
+    return ours, hf_load(hf_out / "hf_base" / tag)
+
+
+def hf_load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **{"dtype": torch.float32, **kwargs})
+
+
+def hf_uncompiled():
+    """transformers compiles flex attention for every shape, a minute here; its arithmetic is the same without."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def hf_ids(batch, T, seed=0):
+    return torch.randint(0, 503, (batch, T), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_padded(lengths, side="left", seed=0):
+    """Random rows of several lengths as one padded batch, its mask, and the rows."""
+    rows, T = [hf_ids(1, n, seed + n)[0] for n in lengths], max(lengths)
+    ids, mask = torch.full((len(rows), T), 503), torch.zeros(len(rows), T, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask, rows
+
+
+def hf_greedy(ours, row, n):
+    """Greedy continuation without a cache, by model.py."""
+    for _ in range(n):
+        row = torch.cat([row, ours(row[None])[0, -1].argmax()[None]])
+    return row
+
+
+# ---- The model -------------------------------------------------------------------------------------------------
+
+def test_hf_parameter_counts_of_d18_and_d20():
+    for depth, heads, inner, total in ((18, 9, 3072, 362_151_936), (20, 10, 3456, 480_378_880)):
+        with torch.device("meta"):
+            model = hf.NanoChatForCausalLM(hf.NanoChatConfig(
+                hidden_size=128 * heads, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads))
+        assert sum(p.numel() for p in model.parameters()) == total and not list(model.buffers())
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "flex_attention"])
+def test_hf_logits_equal_model_py_with_and_without_padding(hf_pair, attn):
+    ours, theirs = hf_pair
+    theirs.set_attn_implementation(attn)
+    with torch.no_grad(), hf_uncompiled():
+        for T in (1, 2, 37, 150):
+            ids = hf_ids(2, T)
+            assert torch.allclose(theirs(ids).logits, ours(ids), atol=1e-4, rtol=0)
+        for side in ("left", "right"):
+            ids, mask, rows = hf_padded([5, 21, 13], side)
+            logits = theirs(ids, attention_mask=mask).logits
+            for got, row, m in zip(logits, rows, mask.bool()):
+                assert torch.allclose(got[m], ours(row[None])[0], atol=1e-4, rtol=0)
+    theirs.set_attn_implementation("sdpa")
+
+
+def test_hf_bfloat16_logits_equal_model_py(hf_out):
+    for tag in ("d3_9tpp", "d3_9tpp_drope_50"):
+        ours, _ = load_model(hf_out / "base_checkpoints" / tag, dtype=torch.bfloat16)
+        theirs, ids = hf_load(hf_out / "hf_base" / tag, dtype=torch.bfloat16), hf_ids(2, 40)
+        with torch.no_grad():
+            a, b = theirs(ids).logits, ours(ids)
+        assert a.dtype == torch.float32 and (a - b).abs().mean() < 0.02
+
+
+def test_hf_greedy_generation_equals_a_loop_without_cache(hf_pair):
+    ours, theirs = hf_pair
+    ids, mask, rows = hf_padded([5, 14, 9])
+    want = torch.stack([hf_greedy(ours, row, 12)[-12:] for row in rows])
+    kwargs = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=HF_NEVER, pad_token_id=503)
+    for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(theirs.generate(ids, **kwargs, **more)[:, -12:], want), more
+    one = {**kwargs, "attention_mask": mask[1:2]}
+    assert torch.equal(theirs.generate(ids[1:2], **one, assistant_model=theirs)[0, -12:], want[1])
+    assert torch.equal(theirs.generate(ids[1:2], **one, prompt_lookup_num_tokens=2)[0, -12:], want[1])
+
+
+def test_hf_beams_find_likelier_texts_and_sampling_follows_the_seed(hf_pair):
+    ours, theirs = hf_pair
+    ids, mask, rows = hf_padded([5, 14, 9])
+    kwargs = dict(attention_mask=mask, max_new_tokens=6, eos_token_id=HF_NEVER, pad_token_id=503)
+
+    def likelihood(out):
+        logp = theirs(out, attention_mask=torch.cat([mask, mask.new_ones(3, 6)], 1)).logits[:, -7:-1].log_softmax(-1)
+        return logp.gather(2, out[:, -6:, None]).sum()
+
+    with torch.no_grad():
+        greedy, beams = (theirs.generate(ids, **kwargs, do_sample=False, num_beams=n) for n in (1, 6))
+        assert likelihood(beams) > likelihood(greedy)
+        assert torch.equal(*(theirs.generate(ids, **kwargs, do_sample=False, num_beams=3, use_cache=c)
+                             for c in (True, False)))
+        samples = []
+        for seed, use_cache in ((0, True), (0, False), (1, True)):
+            torch.manual_seed(seed)
+            samples.append(theirs.generate(ids, **kwargs, do_sample=True, top_k=0, use_cache=use_cache))
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+def test_hf_chunks_through_a_cache_equal_one_pass(hf_pair):
+    ours, theirs = hf_pair
+    ids, cache, pieces = hf_ids(2, 30), None, []
+    with torch.no_grad():
+        for part in ids.split([11, 1, 13, 5], dim=1):
+            out = theirs(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        assert torch.allclose(torch.cat(pieces, 1), ours(ids), atol=1e-4, rtol=0)
+
+
+def test_hf_packed_rows_keep_documents_apart(hf_pair):
+    ours, theirs = hf_pair
+    ids = hf_ids(1, 30)
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad(), hf_uncompiled():
+        for attn in ("eager", "sdpa", "flex_attention"):
+            theirs.set_attn_implementation(attn)
+            packed = theirs(ids, position_ids=positions).logits
+            apart = torch.cat([ours(ids[:, :12]), ours(ids[:, 12:])], 1)
+            assert torch.allclose(packed, apart, atol=1e-4, rtol=0), attn
+    theirs.set_attn_implementation("sdpa")
+
+
+def test_hf_loss_shifts_labels_and_divides_by_num_items_in_batch(hf_pair):
+    ours, theirs = hf_pair
+    ids = hf_ids(2, 20)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    with torch.no_grad():
+        targets = torch.where(labels[:, 1:] == -100, -1, labels[:, 1:])
+        total, count = ours(ids[:, :-1], targets), (targets != -1).sum()
+        assert torch.allclose(theirs(ids, labels=labels).loss, total / count, atol=1e-5)
+        assert torch.allclose(theirs(ids, labels=labels, num_items_in_batch=torch.tensor(7)).loss, total / 7, atol=1e-4)
+
+
+def test_hf_logits_to_keep_hidden_states_attentions_embeds_and_tuples(hf_pair):
+    ours, theirs = hf_pair
+    theirs.set_attn_implementation("eager")
+    ids = hf_ids(2, 20)
+    with torch.no_grad():
+        full = theirs(ids, output_hidden_states=True, output_attentions=True)
+        assert torch.allclose(theirs(ids, logits_to_keep=3).logits, full.logits[:, -3:], atol=1e-5)
+        some = theirs(ids, logits_to_keep=torch.tensor([0, 7])).logits
+        assert torch.allclose(some, full.logits[:, [0, 7]], atol=1e-5)
+        assert len(full.hidden_states) == 4 and torch.equal(full.hidden_states[0], theirs.get_input_embeddings()(ids))
+        assert torch.equal(full.hidden_states[-1], theirs.model(ids).last_hidden_state)
+        assert [tuple(a.shape) for a in full.attentions] == [(2, 2, 20, 20)] * 3
+        assert all(torch.allclose(a.sum(-1), torch.ones(2, 2, 20)) for a in full.attentions)
+        embedded = theirs(inputs_embeds=theirs.get_input_embeddings()(ids))
+        assert torch.allclose(embedded.logits, full.logits, atol=1e-5)
+        assert torch.allclose(theirs(ids, return_dict=False)[0], full.logits, atol=1e-5)
+    theirs.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hf_gradient_checkpointing_gives_equal_gradients(hf_pair, reentrant):
+    _, theirs = hf_pair
+    ids, gradients = hf_ids(2, 16), []
+    theirs.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            theirs.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        theirs.zero_grad()
+        theirs(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in theirs.parameters()])
+    theirs.gradient_checkpointing_disable()
+    theirs.zero_grad()
+    theirs.eval()
+    assert all(g.abs().sum() > 0 and torch.allclose(g, h, atol=1e-6) for g, h in zip(*gradients))
+
+
+def test_hf_autocast_trains_and_generates(hf_pair):
+    _, theirs = hf_pair
+    ids = hf_ids(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for attn in ("eager", "sdpa"):
+            theirs.set_attn_implementation(attn)
+            loss = theirs(ids, labels=ids).loss
+            assert loss.dtype == torch.float32 and torch.isfinite(loss)
+            theirs.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, cache_implementation="static")
+    theirs.set_attn_implementation("sdpa")
+
+
+def test_hf_compiles_without_graph_break(hf_pair):
+    _, theirs = hf_pair
+    ids, mask, _ = hf_padded([9, 16])
+    kwargs = {"attention_mask": mask, "labels": ids} if theirs.config.use_rope else {}
+    compiled = torch.compile(theirs, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(ids, **kwargs).logits, theirs(ids, **kwargs).logits, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_hf_warns_past_max_position_embeddings_and_works(hf_pair):
+    ours, theirs = hf_pair
+    warned, limit = [], theirs.config.max_position_embeddings
+    module = sys.modules[type(theirs).__module__]
+    module.logger, logger = types.SimpleNamespace(warning_once=warned.append), module.logger
+    theirs.config.max_position_embeddings = 16
+    try:
+        ids = hf_ids(1, 40)
+        with torch.no_grad():
+            theirs(ids[:, :16])
+            assert not warned
+            assert torch.allclose(theirs(ids).logits, ours(ids), atol=1e-4, rtol=0)
+            assert "max_position_embeddings 16" in warned[0]
+        assert theirs.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 43)
+    finally:
+        theirs.config.max_position_embeddings, module.logger = limit, logger
+
+
+def test_hf_fresh_weights_begin_as_in_model_py():
+    torch.manual_seed(0)
+    model = hf.NanoChatForCausalLM(hf.NanoChatConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=640, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    uniform = 256 ** -0.5
+    want = {"embed_tokens": 0.8, "lm_head": 0.001, "q_proj": uniform, "k_proj": uniform, "v_proj": uniform, "o_proj": 0,
+            "gate_proj": 0.4 * uniform, "up_proj": 0.4 * uniform, "down_proj": 0}
+    for name, p in model.named_parameters():
+        std = next(s for key, s in want.items() if key in name)
+        assert p.std().item() == pytest.approx(std, rel=0.02), name
+        if std == uniform or std == 0.4 * uniform:
+            assert p.abs().max() <= 3 ** 0.5 * std
+
+
+def test_hf_a_missing_weight_is_initialised_and_the_others_are_kept(hf_out, tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(hf_out / "hf_base" / "d3_9tpp", tmp_path / "partial")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"], weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = hf_load(folder)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    state = model.state_dict()
+    assert state["model.layers.1.mlp.down_proj.weight"].abs().max() == 0
+    assert all(torch.equal(state[k], w.float()) for k, w in weights.items())
+
+
+def test_hf_save_and_reload_round_trip(hf_out, tmp_path):
+    model = hf_load(hf_out / "hf_sft" / "d3_9tpp_drope_50", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(hf_out / "hf_sft" / "d3_9tpp_drope_50", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = hf_load(tmp_path, dtype="auto")
+    assert again.config.use_rope is False and again.config.hidden_act == "swiglu" and again.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    chat = [{"role": "user", "content": "Hi <|bos|>"}]
+    reloaded = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert reloaded.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+    assert again.generation_config.eos_token_id == 507
+    base = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(base).__name__ == "NanoChatModel"
+    assert torch.equal(base.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_hf_resized_vocabulary_keeps_the_old_rows(hf_out):
+    model = hf_load(hf_out / "hf_base" / "d3_9tpp")
+    before = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(520)
+    assert model(hf_ids(1, 4)).logits.shape == (1, 4, 520) and torch.equal(model.lm_head.weight[:512], before)
+
+
+@pytest.mark.skipif(not HF5, reason="transformers 4.57 has no nanochat class of its own")
+def test_hf_without_trust_remote_code_transformers_own_class_refuses(hf_out):
+    with pytest.raises((KeyError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(hf_out / "hf_sft" / "d3_9tpp")
+
+
+def test_hf_config_refuses_what_this_class_does_not_compute():
+    for bad in ({"hidden_act": "relu2"}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0}}):
+        with pytest.raises(ValueError, match="only"):
+            hf.NanoChatConfig(**bad)
+    assert hf.NanoChatConfig(hidden_act="silu").hidden_act == "silu"
+
+
+# ---- Tokenizer and chat ----------------------------------------------------------------------------------------
+
+HF_TEXT = ["Hi there", "é ü ß 中文 🙂👩‍👩‍👧", "12345 6 789", "don't HE'LL 'ſ", " \n\n \t x", "<|bos|>",
+           "<|", "|>", "\x00\x7f\u00a0", "aaaa", "#", "\r\n"]
+HF_CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How many r in strawberry?"},
+    {"role": "assistant", "content": [
+        {"type": "text", "text": "Let me count. 🙂"}, {"type": "python", "text": "'strawberry'.count('r')"},
+        {"type": "python_output", "text": "3"}, {"type": "text", "text": "Three.\n\n#### 3"}]},
+    {"role": "user", "content": " Thanks\n"},
+    {"role": "assistant", "content": "You're welcome 🙂"}]
+
+
+def hf_render(enc, messages):
+    """Ids and loss mask of a conversation, written out: control tokens by id, everything else as ordinary text."""
+    ids, mask = [enc._special_tokens["<|bos|>"]], [0]
+
+    def add(trained, *parts):
+        for part in parts:
+            new = [enc._special_tokens[part[0]]] if isinstance(part, list) else enc.encode_ordinary(part)
+            ids.extend(new)
+            mask.extend([trained] * len(new))
+
+    if messages[0]["role"] == "system":
+        joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
+        messages = [{"role": "user", "content": joined}] + messages[2:]
+    for message in messages:
+        if message["role"] == "user":
+            add(0, ["<|user_start|>"], message["content"], ["<|user_end|>"])
+            continue
+        add(0, ["<|assistant_start|>"])
+        parts = message["content"]
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            if part["type"] == "text":
+                add(1, part["text"])
+            elif part["type"] == "python":
+                add(1, ["<|python_start|>"], part["text"], ["<|python_end|>"])
+            else:
+                add(0, ["<|output_start|>"], part["text"], ["<|output_end|>"])
+        add(1, ["<|assistant_end|>"])
+    return ids, mask
+
+
+@pytest.fixture(scope="module", params=["trusted", "plain"])
+def hf_tok(request, hf_out):
+    """The tokenizer of the chat model, by our class and by transformers' own."""
+    trusted = request.param == "trusted"
+    tokenizer = AutoTokenizer.from_pretrained(hf_out / "hf_sft" / "d3_9tpp", trust_remote_code=trusted)
+    assert (type(tokenizer).__name__ == "NanoChatTokenizer") == trusted
+    return tokenizer
+
+
+def hf_strings(n):
+    """Varied strings: words, scripts, whitespace, digits, any code point."""
+    rng, pieces = random.Random(0), HF_TEXT + ["the", " The", "'ll", "'VE", "12", " 3", "\n", "  ", "٣", "Ⅷ",
+                                               "e\u0301", "한국", "()", "==", "\u3000"]
+    points = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
+    for i in range(n):
+        some = pieces if i % 2 else list(map(chr, rng.choices(points[:0x3000] if i % 4 else points, k=12)))
+        yield "".join(rng.choices(some, k=rng.randrange(12)))
+
+
+def test_hf_tokenizer_json_equals_tiktoken_on_40000_strings(hf_out):
+    from tokenizers import Tokenizer
+    enc, strings = load_tokenizer(hf_out / "tokenizer"), list(hf_strings(40_000))
+    tokenizer = Tokenizer.from_file(str(hf_out / "hf_sft" / "d3_9tpp" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    got = [e.ids for e in tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
+    assert got == enc.encode_ordinary_batch(strings, num_threads=1)
+
+
+def test_hf_tokenizer_equals_tiktoken_and_decodes_what_it_encoded(hf_out, hf_tok):
+    enc, strings = load_tokenizer(hf_out / "tokenizer"), list(hf_strings(500))
+    got = hf_tok(strings, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert got == enc.encode_ordinary_batch(strings, num_threads=1)
+    assert [hf_tok.decode(ids) for ids in got] == strings
+
+
+def test_hf_special_tokens_are_these_nine(hf_out, hf_tok):
+    added = {str(t): i for i, t in hf_tok.added_tokens_decoder.items()}
+    assert added == {t: 503 + i for i, t in enumerate(HF_SPECIAL)} and len(hf_tok) == 512
+    assert hf_tok.bos_token == "<|bos|>" and hf_tok.eos_token == hf_tok.pad_token == "<|assistant_end|>"
+    assert hf_tok.unk_token is None and hf_tok.padding_side == "left"
+    assert hf_tok.decode(list(range(503, 512)), skip_special_tokens=True) == ""
+    base = AutoTokenizer.from_pretrained(hf_out / "hf_base" / "d3_9tpp", trust_remote_code=True)
+    assert (base.bos_token, base.eos_token, base.pad_token, base.chat_template) == ("<|bos|>",) * 3 + (None,)
+
+
+def test_hf_tokenizer_saved_by_the_other_version_is_the_same(hf_out, tmp_path):
+    """The versions name the other special tokens differently: 5.x extra_, 4.57 additional_special_tokens."""
+    folder = shutil.copytree(hf_out / "hf_sft" / "d3_9tpp", tmp_path / "other")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    others = config.pop("additional_special_tokens")
+    chat = [{"role": "user", "content": "Hi <|bos|>, 123"}]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, name: others}))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert sorted(tokenizer.all_special_ids) == list(range(503, 512))
+        assert tokenizer.apply_chat_template(chat) == hf_render(load_tokenizer(hf_out / "tokenizer"), chat)[0]
+        tokenizer.save_pretrained(tmp_path / name)
+        again = AutoTokenizer.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert again.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+        assert json.loads(again.backend_tokenizer.to_str()) == json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def test_hf_bos_comes_once(hf_tok):
+    assert hf_tok("Hi").input_ids[0] == 503 and hf_tok.encode("Hi").count(503) == 1
+    batch = hf_tok(["Hi", "Hi there, you"], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert [row.count(503) for row in batch["input_ids"]] == [1, 1] and batch["attention_mask"][0][0] == 0
+    rendered = hf_tok.apply_chat_template(HF_CHAT, tokenize=False)
+    assert rendered.count("<|bos|>") == 1
+    want = hf_tok.apply_chat_template(HF_CHAT, return_dict=False)
+    assert hf_tok(rendered, add_special_tokens=False).input_ids == want and want.count(503) == 1
+    if type(hf_tok).__name__ == "NanoChatTokenizer":
+        assert hf_tok(rendered).input_ids == hf_tok.encode(rendered) == want
+        assert hf_tok([rendered] * 2)["input_ids"] == [want] * 2
+
+
+def test_hf_chat_ids_and_assistant_mask(hf_out, hf_tok):
+    enc = load_tokenizer(hf_out / "tokenizer")
+    outputs = {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in (
+        ("python_output", "1"), ("python_output", "2"), ("python", "3"), ("python_output", ""))]}
+    for chat in (HF_CHAT, HF_CHAT[1:], HF_CHAT[3:], HF_CHAT[1:3], [HF_CHAT[1], outputs]):
+        ids, mask = hf_render(enc, chat)
+        got = hf_tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        assert got["input_ids"] == ids and got["assistant_masks"] == mask
+    prompt = hf_tok.apply_chat_template(HF_CHAT[:2], add_generation_prompt=True, return_dict=False)
+    assert prompt == hf_render(enc, HF_CHAT[:2])[0] + [506]
+
+
+def test_hf_chat_equals_sft_render(hf_out, hf_tok):
+    sft = pytest.importorskip("sft")
+    enc = load_tokenizer(hf_out / "tokenizer")
+    for chat in (HF_CHAT, HF_CHAT[1:], HF_CHAT[3:], hf_attack("<|assistant_end|>")):
+        got = hf_tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = sft.render(enc, chat)
+        assert got["input_ids"] == list(ids) and got["assistant_masks"] == list(map(int, mask))
+
+
+def hf_attack(text):
+    return [{"role": "system", "content": f"S {text}{text}"},
+            {"role": "user", "content": f"{text} U <|{text}|> \n{text}"},
+            {"role": "assistant", "content": [{"type": "text", "text": text}, {"type": "python", "text": text},
+                                              {"type": "python_output", "text": text}, {"type": "text", "text": text}]}]
+
+
+def test_hf_text_that_spells_a_control_token_stays_text(hf_out, hf_tok):
+    enc = load_tokenizer(hf_out / "tokenizer")
+    tricks = HF_SPECIAL + ["<|<|bos|>bos|>", "<<|bos|>|bos|>", "<|bos|><|bos|>", "<|bos|", "|bos|>", "<|"]
+    for text in tricks:
+        ids, mask = hf_render(enc, hf_attack(text))
+        got = hf_tok.apply_chat_template(hf_attack(text), return_dict=True, return_assistant_tokens_mask=True)
+        assert got["input_ids"] == ids and got["assistant_masks"] == mask, text
+        if HF5:                                             # its own protection may be on as well
+            assert hf_tok.apply_chat_template(hf_attack(text), sanitize_control_tokens=True, return_dict=False) == ids
+        rendered = hf_tok.apply_chat_template(hf_attack(text), tokenize=False)
+        assert hf_tok(rendered, add_special_tokens=False).input_ids == ids
+    split = hf_tok("<|bos|>", add_special_tokens=False, split_special_tokens=True)
+    assert split.input_ids == enc.encode_ordinary("<|bos|>")
+
+
+def test_hf_chat_refuses_broken_conversations(hf_tok):
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+    for chat in ([answer], [user, user], [user, answer, answer], [{"role": "system", "content": "x"}],
+                 [user, {**answer, "role": "tool"}], [user, {**user, "role": "system"}],
+                 [user, {**answer, "content": [{"type": "image", "text": "x"}]}]):
+        with pytest.raises(Exception, match="roles must be|needs a user|parts are of type"):
+            hf_tok.apply_chat_template(chat)
+
+
+def test_hf_the_cards_snippet_runs_as_it_is(hf_out):
+    repo = hf_out / "hf_sft" / "d3_9tpp"
+    tok = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(repo, torch_dtype=torch.bfloat16, trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    inputs = tok.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    out = model.generate(inputs, max_new_tokens=8)
+    old = tok.decode(out[0][inputs.shape[1]:], skip_special_tokens=True)
+    inputs = tok.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**inputs, max_new_tokens=8)
+    assert tok.decode(out[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True) == old
+
+
+def test_hf_generation_stops_at_the_trained_stop_token(hf_out):
+    model = hf_load(hf_out / "hf_sft" / "d3_9tpp")
+    ids = hf_ids(1, 5)
+    with torch.no_grad():
+        free = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 5:].tolist()
+        model.lm_head.weight[507] = model.lm_head.weight[free[3]] * 1.01        # the stop token wins where free[3] did
+        out = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 5:].tolist()
+    assert out[-1] == 507 and len(out) <= 4
+    assert hf_load(hf_out / "hf_base" / "d3_9tpp").generation_config.eos_token_id == 503
+
+
+# ---- The export ------------------------------------------------------------------------------------------------
+
+def test_hf_export_files_and_config(hf_out):
+    common = {"config.json", "export.json", "generation_config.json", "model.safetensors", "modeling_nanochat.py",
+              "tokenizer.json", "tokenizer_config.json"}
+    for stage, more, stop in (("base", set(), 503), ("sft", {"chat_template.jinja"}, 507)):
+        folder = hf_out / f"hf_{stage}" / "d3_9tpp"
+        assert {p.name for p in folder.iterdir()} == common | more
+        assert (folder / "modeling_nanochat.py").read_text() == Path(hf.__file__).read_text()
+        assert json.loads((folder / "config.json").read_text()) == {
+            "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat",
+            "auto_map": {"AutoConfig": "modeling_nanochat.NanoChatConfig", "AutoModel": "modeling_nanochat.NanoChatModel",
+                         "AutoModelForCausalLM": "modeling_nanochat.NanoChatForCausalLM"},
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "swiglu",
+            "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "use_rope": True,
+            "final_logit_softcapping": 15.0, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+            "use_cache": True, "bos_token_id": 503, "eos_token_id": stop, "pad_token_id": stop, "dtype": "bfloat16",
+            "torch_dtype": "bfloat16"}
+    assert {p.name for p in (hf_out / "hf_base").iterdir()} == {"d3_9tpp", "d3_9tpp_drope_50"}     # _long shares it
+    assert {p.name for p in (hf_out / "hf_sft").iterdir()} == set(HF_TAGS)
+    for tag, use_rope in HF_TAGS.items():
+        for folder in (hf_out / "hf_sft" / tag, hf_out / "hf_base" / tag.removesuffix("_long")):
+            assert AutoConfig.from_pretrained(folder, trust_remote_code=True).use_rope is use_rope
+
+
+def test_hf_export_is_skipped_or_repeated_byte_for_byte(hf_out, capsys):
+    folder = hf_out / "hf_sft" / "d3_9tpp"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    inode = folder.stat().st_ino
+    export_hf.main(["--tag", "d3_9tpp", "--stage", "sft"])
+    assert "skipped" in capsys.readouterr().out and folder.stat().st_ino == inode
+    (folder / "export.json").write_text("{}")               # made of something else
+    export_hf.main(["--tag", "d3_9tpp", "--stage", "sft"])
+    assert folder.stat().st_ino != inode and {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p.name for p in folder.parent.iterdir()} == set(HF_TAGS)
+
+
+@pytest.fixture
+def hf_copy(hf_out, tmp_path, monkeypatch):
+    """A copy of the base folder, to break things in."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "out"))
+    return shutil.copytree(hf_out, tmp_path / "out")
+
+
+def hf_refuses(args, *words):
+    with pytest.raises(SystemExit) as e:
+        export_hf.main(args)
+    message = str(e.value.code)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_hf_export_refuses_in_one_line_and_leaves_the_earlier_export(hf_copy):
+    before = (hf_copy / "hf_base" / "d3_9tpp" / "model.safetensors").read_bytes()
+    hf_refuses(["--tag", "d4_9tpp"], "d4_9tpp", "run_all.sh")
+    hf_refuses([], "--tag")
+    hf_refuses(["--tag", "../d3_9tpp"], "--tag")
+    hf_refuses(["--tag", "d3_9tpp", "--stage", "rl"], "base, sft or all")
+    meta_path = checkpoint_files(hf_copy / "base_checkpoints" / "d3_9tpp", 7)["meta"]
+    meta = json.loads(meta_path.read_text())
+    for change, words in (({"loop_state": {}}, ["use_rope", "meta_000007.json"]), ({"tokenizer": "other"}, ["tokenizer"]),
+                          ({"model_config": {**meta["model_config"], "vocab_size": 640}}, ["512", "640"])):
+        meta_path.write_text(json.dumps({**meta, **change}))
+        hf_refuses(["--tag", "d3_9tpp"], *words)
+    meta_path.write_text(json.dumps(meta))
+    model = checkpoint_files(hf_copy / "base_checkpoints" / "d3_9tpp", 7)["model"]
+    model.write_bytes(model.read_bytes()[:-100])
+    hf_refuses(["--tag", "d3_9tpp"], "no checkpoint")
+    shutil.rmtree(hf_copy / "tokenizer")
+    hf_refuses(["--tag", "d3_9tpp_drope_50"], "tok.py")
+    assert (hf_copy / "hf_base" / "d3_9tpp" / "model.safetensors").read_bytes() == before
+
+
+def test_hf_export_that_cannot_be_written_leaves_the_earlier_one(hf_copy, monkeypatch):
+    folder = hf_copy / "hf_base" / "d3_9tpp"
+    (folder / "export.json").write_text("{}")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_hf, "save_file", full)
+    hf_refuses(["--tag", "d3_9tpp"], "No space left", "untouched")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and len(list(folder.parent.iterdir())) == 2
+
+
+# ---- Publishing, against a small stand-in for the hub -----------------------------------------------------------
+
+@pytest.fixture
+def hf_hub(hf_copy, monkeypatch):
+    """Repositories (name -> path -> bytes) behind the parts of the hub's interface that a push and a pull use."""
+    import base64
+    import hashlib
+    import re
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from urllib.parse import unquote, urlsplit
+    from huggingface_hub import constants
+    hub = types.SimpleNamespace(repos={}, blobs={}, requests=[], damage=None)
+
+    def entry(path, data):
+        oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        lfs = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+        return {"type": "file", "path": path, "size": len(data), "oid": oid, **(lfs if is_lfs(path) else {})}
+
+    def is_lfs(path):
+        return path.endswith((".pt", ".safetensors"))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def answer(self, body, status=200, **headers):
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            where = unquote(urlsplit(self.path).path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            hub.requests.append(f"{self.command} {where}")
+            if where.startswith("/_lfs/"):
+                hub.blobs[where[6:]] = body
+                return self.answer(b"")
+            if where == "/api/repos/create":
+                ask = json.loads(body)
+                name = f"{ask['organization']}/{ask['name']}"
+                hub.repos.setdefault(name, {})
+                return self.answer({"url": f"{hub.url}/{name}", "name": name})
+            if where == "/api/validate-yaml":
+                return self.answer({"errors": [], "warnings": []})
+            name = re.match(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/|$)", where)[1]
+            if name not in hub.repos:
+                return self.answer({"error": "no such repository"}, 404, X_Error_Code="RepoNotFound")
+            files = hub.repos[name]
+            if "/tree/" in where:
+                return self.answer([entry(*item) for item in files.items()])
+            if "/preupload/" in where:
+                return self.answer({"files": [{"path": f["path"], "uploadMode": "lfs" if is_lfs(f["path"]) else "regular",
+                                               "shouldIgnore": False} for f in json.loads(body)["files"]]})
+            if where.endswith("/objects/batch"):
+                objects = [{**o, "actions": {"upload": {"href": f"{hub.url}/_lfs/{o['oid']}"}}}
+                           for o in json.loads(body)["objects"]]
+                return self.answer({"transfer": "basic", "objects": objects})
+            if "/commit/" in where:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "lfsFile":
+                        files[line["value"]["path"]] = hub.blobs[line["value"]["oid"]]
+                if hub.damage in files:
+                    files[hub.damage], hub.damage = files[hub.damage][:-1] + b"?", None
+                return self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"{hub.url}/{name}/commit/0"})
+            data = files[where.split("/resolve/main/")[1]]
+            self.answer(data, X_Repo_Commit="0" * 40, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+
+        do_HEAD = do_POST = do_PUT = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield hub
+    server.shutdown()
+
+
+HF_NATIVE = {"README.md", "model_000007.pt", "meta_000007.json", "optim_000007_rank0.pt", "tokenizer/tokenizer.pkl",
+             "tokenizer/token_bytes.pt"}
+
+
+@pytest.mark.skipif(not HF5, reason="publishing is done from the pinned environment")
+def test_hf_push_fills_four_repositories_and_pull_brings_them_back(hf_hub, hf_copy, tmp_path, monkeypatch, capsys):
+    import io
+    import pickle
+    push = ["--tag", "d3_9tpp_drope_50", "--push", "me"]
+    export_hf.main(push + ["--dry-run"])
+    assert not hf_hub.requests and "4 repositories" in capsys.readouterr().out
+    export_hf.main(push)
+    name = "me/nanochat-d3-9tpp-drope-50"
+    assert set(hf_hub.repos) == {f"{name}-{kind}" for kind in ("base", "sft", "hf-base", "hf-sft")}
+    assert all(set(hf_hub.repos[f"{name}-{stage}"]) == HF_NATIVE for stage in ("base", "sft"))
+    export = hf_copy / "hf_sft" / "d3_9tpp_drope_50"
+    assert set(hf_hub.repos[f"{name}-hf-sft"]) == {"README.md", *(p.name for p in export.iterdir())}
+    assert hf_hub.repos[f"{name}-hf-sft"]["model.safetensors"] == (export / "model.safetensors").read_bytes()
+    enc = pickle.loads(hf_hub.repos[f"{name}-base"]["tokenizer/tokenizer.pkl"])         # our own bytes, a moment old
+    assert isinstance(enc, tiktoken.Encoding) and enc.n_vocab == 512
+    nbytes = torch.load(io.BytesIO(hf_hub.repos[f"{name}-base"]["tokenizer/token_bytes.pt"]), weights_only=True)
+    assert nbytes.dtype == torch.int32 and nbytes.tolist()[:256] == [1] * 256 and nbytes.tolist()[503:] == [0] * 9
+
+    # again: nothing is sent; a file that the hub has otherwise: only that one
+    hf_hub.requests.clear()
+    export_hf.main(push)
+    assert not any("/commit/" in r for r in hf_hub.requests)
+    hf_hub.repos[f"{name}-hf-sft"]["config.json"] = b"{}"
+    export_hf.main(push)
+    assert sum("/commit/" in r for r in hf_hub.requests) == 1
+    assert "1 files sent and checked, 8 were" in capsys.readouterr().out
+
+    # the way back, from files as the public ones are: bfloat16 embedding, no word about RoPE, no hashes
+    def edit(path, change):
+        for stage in ("base", "sft"):
+            hf_hub.repos[f"{name}-{stage}"][path] = change(hf_hub.repos[f"{name}-{stage}"][path])
+
+    def as_public(data):
+        state, buffer = torch.load(io.BytesIO(data), weights_only=True), io.BytesIO()
+        state["transformer.wte.weight"] = state["transformer.wte.weight"].bfloat16()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    edit("model_000007.pt", as_public)
+    def without_ours(data):
+        return json.dumps({k: v for k, v in json.loads(data).items() if k not in ("loop_state", "sha256")}).encode()
+
+    edit("meta_000007.json", without_ours)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "back"))
+    hf_hub.requests.clear()
+    export_hf.main(["--pull", name])
+    assert not any("tokenizer.pkl" in r for r in hf_hub.requests)
+    assert "use_rope None; set to False" in capsys.readouterr().out
+    export_hf.main(["--tag", "d3_9tpp_drope_50"])
+    for stage in ("base", "sft"):
+        ours, theirs = (base / f"hf_{stage}" / "d3_9tpp_drope_50" for base in (hf_copy, tmp_path / "back"))
+        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    export_hf.main(["--pull", f"{name}-hf-sft"])
+    assert capsys.readouterr().out.count("there already") == 2
+    (tmp_path / "back" / "tokenizer" / "tokenizer.tiktoken").write_text("eA== 0\n")
+    hf_refuses(["--pull", name], "another tokenizer")
+
+
+@pytest.mark.skipif(not HF5, reason="publishing is done from the pinned environment")
+def test_hf_push_notices_damage_and_never_prints_the_token(hf_hub, hf_copy, monkeypatch, capsys):
+    hf_hub.damage = "model.safetensors"
+    hf_refuses(["--tag", "d3_9tpp", "--push", "me"], "model.safetensors", "Run the same command again")
+    export_hf.main(["--tag", "d3_9tpp", "--push", "me"])                # sends that file again
+    assert hf_hub.repos["me/nanochat-d3-9tpp-hf-base"]["model.safetensors"] == (
+        hf_copy / "hf_base" / "d3_9tpp" / "model.safetensors").read_bytes()
+    hf_refuses(["--pull", "me/nanochat-d7-9tpp"], "nanochat-d7-9tpp")
+    hf_refuses(["--pull", "nanochat"], "USER/nanochat-d18")
+    export_hf.main(["--push", "me", "--all", "--dry-run"])
+    out = capsys.readouterr()
+    assert "12 repositories" in out.out and "hf_secret" not in out.out + out.err
+    assert export_hf.one_line(ValueError("\nbad hf_secret\nmore")) == "bad ***"
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    hf_refuses(["--tag", "d3_9tpp", "--push", "me"], "hf auth login")
+
+
+def test_hf_card_tells_the_figures_and_the_licences(hf_out):
+    card = export_hf.card("hf-sft", "d3_9tpp_drope_50_long", "me")
+    front = card.split("---\n")[1]
+    for line in ("license: mit", "- en", "library_name: transformers", "pipeline_tag: text-generation", "- openai/gsm8k",
+                 "- allenai/tulu-v2-sft-long-mixture", "base_model: me/nanochat-d3-9tpp-drope-50-long-hf-base"):
+        assert line in front.splitlines()
+    for words in ("dropped before step 4 of 7", "7,168", "1.2345", "abc123", "non-commercial", "trust_remote_code"):
+        assert words in card
+    assert 'repo = "me/nanochat-d3-9tpp-drope-50-long-hf-sft"' in card and "{" + "repo}" not in card
+    base = export_hf.card("base", "d3_9tpp", "me")
+    assert "--pull me/nanochat-d3-9tpp\n" in base and "tulu" not in base and "base_model" not in base
 
 
 if __name__ == "__main__":
