@@ -12,7 +12,7 @@
 # The whole series, one stage after the other; what is finished is skipped, what was interrupted goes on.
 #
 #   bash run_all.sh                          everything at a tiny size: minutes on a laptop, no download beyond the packages
-#   bash run_all.sh test [pytest options]    the tests
+#   bash run_all.sh test [pytest options]    the tests      (test --matrix: those of the exports with transformers 4.57 too)
 #   bash run_all.sh d18 9 50 [long]          one tag: depth, tokens per parameter, percent with RoPE (leave out: RoPE stays)
 #   bash run_all.sh d20_20tpp_drope_50_long  the same by its name        (sbatch run_all.sh ... works too)
 #   bash run_all.sh release                  all 20 tags
@@ -20,7 +20,8 @@
 #   bash run_all.sh chat TAG                 talk to a finished tag
 #   bash run_all.sh demo [options]           does dropping RoPE help? a toy answers (demo.py)
 #
-# Environment: NANOCHAT_BASE_DIR (artifacts, default out/), GPUS (processes for training, default 1).
+# Environment: NANOCHAT_BASE_DIR (artifacts, default out/), GPUS (processes for training, default 1), and more options for the
+# stages of a tag in TOK, PRETRAIN, SFT and EVAL, such as PRETRAIN="--device-batch-size 8" SFT="--skip identity".
 # For d18 at 9 tokens per parameter, one H100: 2.92e9 tokens x 2.456e9 FLOPs = 7.2e18 FLOPs; 4.0 hours at 203,000 tokens/s
 set -euo pipefail
 
@@ -101,19 +102,19 @@ parse_tag() {
 
 tokenizer() {
     [ -e "$BASE/tokenizer/config.json" ] || stage python pretrain.py --fetch 8 --data-dir "$BASE/data/climbmix"
-    stage python tok.py --data-dir "$BASE/data/climbmix" --out-dir "$BASE/tokenizer"
+    stage python tok.py --data-dir "$BASE/data/climbmix" --out-dir "$BASE/tokenizer" ${TOK:-}
 }
 
 # The base model of the tag that was parsed last; more options for pretrain.py may follow
 pretrain() {
     train pretrain.py --depth "$DEPTH" --tpp "$TPP" ${DROPE:+--drope "$DROPE"} --tag "$BASE_TAG" \
-        --data-dir "$BASE/data/climbmix" --tokenizer-dir "$BASE/tokenizer" "$@"
+        --data-dir "$BASE/data/climbmix" --tokenizer-dir "$BASE/tokenizer" "$@" ${PRETRAIN:-}
 }
 
 finish() {
-    train sft.py --tag "$TAG"
+    train sft.py --tag "$TAG" ${SFT:-}
     stage python export_hf.py --tag "$TAG"
-    stage python eval.py "$TAG"
+    stage python eval.py "$TAG" ${EVAL:-}
 }
 
 release() {
@@ -211,14 +212,27 @@ while True:
 ' "$BASE/hf_sft/$TAG"
 }
 
+# The tests of the exports on the oldest and the newest transformers that we promise
+matrix() {
+    local old=.venv-transformers-4.57
+    python test_all.py -k test_hf_
+    if [ ! -e $old/installed ]; then
+        echo "installing transformers 4.57 into $old ..."
+        python3 -m venv $old
+        $old/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt 'transformers==4.57.*' 'huggingface_hub<1' pytest matplotlib rustbpe
+        touch $old/installed
+    fi
+    $old/bin/python test_all.py -k test_hf_
+}
+
 # ---- What was asked for --------------------------------------------------------------------------------------------
 
-case "${1:-}" in -h|--help|help) sed -n '12,24s/^# \{0,1\}//p' "$0"; exit 0;; esac
+case "${1:-}" in -h|--help|help) sed -n '12,26s/^# \{0,1\}//p' "$0"; exit 0;; esac
 setup
 DRY="" WORDS=""
 case "${1:-tiny}" in
     tiny) tiny; exit;;
-    test) shift; exec python test_all.py "$@";;
+    test) shift; if [ "${1:-}" = --matrix ]; then matrix; exit; fi; exec python test_all.py "$@";;
     chat) [ $# -eq 2 ] || die "chat with what? bash run_all.sh chat d18_9tpp"; chat "$2"; exit;;
     demo) shift; stage python demo.py "$@"; exit;;
 esac
