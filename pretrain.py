@@ -12,7 +12,7 @@ an H100's bfloat16 peak.
 DroPE (arXiv:2512.12167): RoPE for the first part of the steps, then none at all; look for "the switch" below. Batch size, learning
 rates and weight decay follow from the depth, the one dial (see `derive`). Left out: mid-training, other optimizers, sharding.
 """
-import atexit, gc, json, math, multiprocessing, os, re, signal, sys, threading, time
+import atexit, gc, json, math, multiprocessing, os, queue, re, signal, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Config:
     eval_every: int = 250               # steps between validations
     eval_tokens: int = 41_943_040       # validation tokens at the end
     eval_sample: int = 4_194_304        # validation tokens on the way and at the switch: the first of those
-    save_every: int = 250               # steps between checkpoints; the last two are kept
+    save_every: int = 500               # steps between checkpoints; the last two are kept
     keep: str = ""                      # percents of the run whose checkpoints stay too, for branches: 25,50,75
     trunk: str = ""                     # with drope: start at the switch from the checkpoint that this tag kept there
     compile: int | None = None          # torch.compile, 1 or 0; not given: 1 on a GPU
@@ -237,13 +237,14 @@ class PackedRows:
         self.bos = enc.encode_single_token("<|bos|>")
         self.epoch, self.shard, self.group, self.row = state["position"] if state else (0, 0, 0, 0)
         self.tokens, self.cut = state["counts"] if state else (0, 0)
-        self.buffer = np.split(state["tokens"], np.cumsum(state["lengths"])[:-1]) if state and len(state["lengths"]) else []
+        self.lengths = state["lengths"] if state else np.empty(0, np.int64)     # of the documents in the buffer
+        self.buffer = np.split(state["tokens"], np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
         self.texts = self.file = None
 
     def state(self):
         tokens = np.concatenate(self.buffer) if self.buffer else np.empty(0, np.uint16)
         return {"position": (self.epoch, self.shard, self.group, self.row), "counts": (self.tokens, self.cut),
-                "tokens": tokens, "lengths": np.array([len(d) for d in self.buffer], np.int64)}
+                "tokens": tokens, "lengths": self.lengths}
 
     def refill(self):
         """Adds the next 128 documents to the buffer; False after the last of the last epoch."""
@@ -261,12 +262,13 @@ class PackedRows:
                 self.texts = self.file.read_row_group(self.group, columns=["text"]).column("text").to_pylist()
             except OSError as e:
                 raise FetchError(f"shard {self.shards[self.shard]} is damaged ({e}): delete it and run again, it is fetched anew") from None
-        texts = [t or "" for t in self.texts[self.row:self.row + 128]]
+        texts, body, new = [t or "" for t in self.texts[self.row:self.row + 128]], self.row_len - 1, []
         for ids in self.enc.encode_ordinary_batch(texts, num_threads=self.threads):
-            body = self.row_len - 1
             for start in range(0, max(1, len(ids)), body):
-                self.buffer.append(np.array([self.bos] + ids[start:start + body], dtype=np.uint16))
-                self.tokens += len(self.buffer[-1])
+                new.append(np.array([self.bos] + ids[start:start + body], dtype=np.uint16))
+        self.buffer += new
+        self.lengths = np.concatenate([self.lengths, [len(d) for d in new]])
+        self.tokens += sum(map(len, new))
         self.row += 128
         if self.row >= len(self.texts):
             self.texts, self.group, self.row = None, self.group + 1, 0
@@ -280,12 +282,12 @@ class PackedRows:
                 pass
             if not self.buffer:
                 return None
-            lengths = np.fromiter(map(len, self.buffer), np.int64, len(self.buffer))
-            best = int(np.where(lengths <= room, lengths, 0).argmax())      # the longest that fits, the earliest of equals
-            if lengths[best] > room:                                        # none fits
-                best = int(lengths.argmin())
-                self.cut += int(lengths[best]) - room
+            best = int(np.where(self.lengths <= room, self.lengths, 0).argmax())    # the longest that fits, the earliest of equals
+            if self.lengths[best] > room:                                   # none fits
+                best = int(self.lengths.argmin())
+                self.cut += int(self.lengths[best]) - room
             row.append(self.buffer.pop(best)[:room])
+            self.lengths = np.delete(self.lengths, best)
             room -= len(row[-1])
         return np.concatenate(row)
 
@@ -333,25 +335,34 @@ def feed(conn, cfg, shards, paths, rows, state):
 
 
 def start_loader(cfg, shards, paths, rows, state):
-    """The receiving end of the loader's process: recv() gives (rows, state), or (None, why not)."""
-    context = multiprocessing.get_context("spawn")
+    """Starts the loader's process; returns a queue of (rows, state), or (None, why not). A thread empties the pipe into it, so that
+    the next batch is there when a step ends."""
+    context, batches = multiprocessing.get_context("spawn"), queue.Queue(maxsize=1)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=feed, args=(send, cfg, shards, paths, rows, state), daemon=True)
     process.start()
     atexit.register(process.kill)                           # it takes no other signal
     send.close()
-    return receive
+
+    def forward():
+        try:
+            while True:
+                batches.put(receive.recv())
+        except (EOFError, OSError):
+            batches.put((None, "the loader's process died (out of memory?)"))
+
+    threading.Thread(target=forward, daemon=True).start()
+    return batches
 
 
-def next_batch(receive, stop):
+def next_batch(batches, stop):
     """(rows, state) of one step, or (None, why not); a request to stop is heeded while the loader waits for a shard."""
-    try:
-        while not receive.poll(1):
+    while True:
+        try:
+            return batches.get(timeout=1)
+        except queue.Empty:
             if stop:
                 return None, f"stopped by {stop.signal} while waiting for data"
-        return receive.recv()
-    except EOFError:
-        return None, "the loader's process died (out of memory?)"
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------------
@@ -553,7 +564,7 @@ def main():
             print(f"going on from step {step} of {source}")
         restore_metrics(source or folder, folder, metrics_size)
         metrics = open(folder / "metrics.jsonl", "a")
-        receive = start_loader(cfg, shards, paths, rows, loader_state)
+        batches = start_loader(cfg, shards, paths, rows, loader_state)
 
     def log(**record):
         if env.rank == 0:
@@ -612,7 +623,7 @@ def main():
         # ---- one step ----
         t0 = time.time()
         if env.rank == 0:
-            batch, state = next_batch(receive, stop)
+            batch, state = next_batch(batches, stop)
             if batch is None:                               # the hub is gone, a shard is damaged, or the data ran out
                 if step > resumed_at:
                     save()

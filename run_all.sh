@@ -64,10 +64,10 @@ setup() {
 
 # Prints a command and runs it. A signal is passed on: the stage saves and ends with 75; under Slurm the job is then
 # put back into the queue.
-CHILD="" STOPPED=""
+CHILD="" STOPPED="" TIMES=""
 trap 'STOPPED=1; [ -z "$CHILD" ] || kill -TERM "$CHILD" 2>/dev/null || true' USR1 TERM INT
 stage() {
-    local code=0
+    local code=0 start=$SECONDS
     echo "+ NANOCHAT_BASE_DIR=$BASE $*"
     "$@" & CHILD=$!
     while :; do
@@ -81,6 +81,7 @@ stage() {
         exit 75
     fi
     [ "$code" -eq 0 ] || exit "$code"
+    TIMES="$TIMES  $2 $((SECONDS - start)) s"
 }
 
 train() { if [ "${GPUS:-1}" -gt 1 ]; then stage torchrun --standalone --nproc_per_node "$GPUS" "$@"; else stage python "$@"; fi; }
@@ -183,7 +184,7 @@ tiny() {
     stage python export_hf.py --tag $tag
     stage python eval.py $tag --quick --data-dir "$data"
     stage python demo.py report --tag $tag
-    echo "all of it took $((SECONDS - start)) s; artifacts are in $BASE/"
+    echo "wall time:$TIMES  all $((SECONDS - start)) s; artifacts are in $BASE/"
 }
 
 chat() {
