@@ -391,6 +391,8 @@ def lock(folder):
     except OSError:
         file.seek(0)
         sys.exit(f"{folder} is in use by {file.read().strip() or 'another run'}: wait for it or stop it")
+    for half_written in Path(folder).glob(".*.tmp"):        # by a run that was killed
+        half_written.unlink(missing_ok=True)
     file.truncate(0)
     file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
     file.flush()
@@ -415,16 +417,18 @@ def checkpoint_steps(folder):
 
 
 def save_checkpoint(folder, step, model, optimizer, loader_state, meta, keep=()):
-    """Writes a checkpoint, then deletes older ones but for the one before it and those of the steps in `keep`."""
-    import json
+    """Writes a checkpoint, then deletes the others but for the one before it and those of the steps in `keep`."""
+    import json, re
+    from pathlib import Path
     files = checkpoint_files(folder, step)
     parts = {"model": model.state_dict(), "optim": optimizer.state_dict(), "loader": loader_state}
     meta["sha256"] = {files[name].name: atomic_write(files[name], lambda f: torch.save(part, f)) for name, part in parts.items()}
     atomic_write(files["meta"], json.dumps(meta, indent=1))
-    for old in checkpoint_steps(folder)[:-2]:
-        if old not in keep:
-            for path in reversed(checkpoint_files(folder, old).values()):   # meta first: never a meta without its files
-                path.unlink(missing_ok=True)
+    kept = {*keep, *[s for s in checkpoint_steps(folder) if s <= step][-2:]}
+    for path in sorted(Path(folder).glob("*_*.*")):         # meta_ before model_ and optim_: never a meta without its files
+        number = re.fullmatch(r"(?:meta|model|optim|loader)_(\d{6,})(?:_rank0)?\.(?:pt|json)", path.name)
+        if number and int(number[1]) not in kept:
+            path.unlink(missing_ok=True)
 
 
 def read_meta(folder, step):
@@ -502,7 +506,7 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=
         return dest
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.parent / ".part" / dest.name                # a folder: huggingface_hub keeps its own files in it
     part.mkdir(parents=True, exist_ok=True)
@@ -528,11 +532,10 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=
                     raise OSError("damaged on the way: its hash is not the hub's")
                 os.replace(got, dest)
                 shutil.rmtree(part)
-            except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as e:
-                raise FetchError(f"{filename} of {repo_id} (revision {revision}): {type(e).__name__}") from None
-            except FetchError:
-                raise
             except Exception as e:                          # the many ways in which a download fails
+                absent = isinstance(e, (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError))
+                if absent and not isinstance(e, LocalEntryNotFoundError):       # the latter means: no connection
+                    raise FetchError(f"the hub has no {filename} in {repo_id} (revision {revision}): {type(e).__name__}") from None
                 if isinstance(e, OSError) and e.errno in (28, 30, 13, 122):     # full, read-only, not allowed, quota
                     raise FetchError(f"cannot write {dest}: {e.strerror}") from None
                 headers = getattr(getattr(e, "response", None), "headers", None) or {}
@@ -569,7 +572,8 @@ def setup_env(dtype=""):
         name = torch.cuda.get_device_name(device)
         peak = 989e12 if "H100" in name or "H200" in name else 312e12 if "A100" in name else None
     else:
-        device, peak = torch.device("mps" if torch.backends.mps.is_available() else "cpu"), None
+        mps = torch.backends.mps.is_available() and "RANK" not in os.environ        # gloo has no tensors of MPS
+        device, peak = torch.device("mps" if mps else "cpu"), None
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = getattr(torch, dtype) if dtype else torch.bfloat16 if bf16 else torch.float32
     if "RANK" in os.environ:
@@ -612,6 +616,8 @@ def attention_kernel(env, config):
     if env.device.type == "cuda":
         sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
                     set_priority=True).__enter__()
+    if env.device.type == "mps":
+        return "MPS"
     q = torch.empty(1, config.n_head, config.sequence_len, config.n_embd // config.n_head, device=env.device, dtype=env.dtype)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
 

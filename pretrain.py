@@ -86,6 +86,11 @@ def check(cfg):
     """One line and exit for numbers that cannot be."""
     if cfg.depth < 1 or cfg.tpp <= 0:
         sys.exit(f"--depth {cfg.depth} --tpp {cfg.tpp:g}: both must be positive, as in --depth 18 --tpp 9")
+    for name in ("eval_every", "save_every", "max_seq_len", "epochs", "eval_tokens", "eval_sample"):
+        if getattr(cfg, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.keep and not re.fullmatch(r"[\d.]+(,[\d.]+)*", cfg.keep):
+        sys.exit(f"--keep {cfg.keep}: percents with commas between them, such as 25,50,75")
     if cfg.drope is not None and not 0 <= cfg.drope <= 99:
         sys.exit(f"--drope {cfg.drope}: percent of the steps with RoPE, 0 to 99; leave it out to keep RoPE throughout")
     if cfg.trunk and not cfg.drope:
@@ -161,12 +166,15 @@ class Shards:
 
     def ask_hub(self):
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
         start, pause = time.time(), 1.0
         while True:
             try:
                 info = HfApi().dataset_info(self.cfg.dataset, files_metadata=True)
                 return {"dataset": self.cfg.dataset, "revision": info.sha,
                         "sha256": {s.rfilename: s.lfs.sha256 for s in info.siblings if s.lfs and s.rfilename.endswith(".parquet")}}
+            except RepositoryNotFoundError:
+                sys.exit(f"--dataset {self.cfg.dataset}: the hub has no such dataset, or not for you (HF_TOKEN)")
             except Exception as e:
                 if time.time() - start + pause > self.cfg.patience:
                     sys.exit(f"{self.cfg.dataset} cannot be reached: {str(e).splitlines()[0][:160]}; "
@@ -210,6 +218,15 @@ def open_shard(path):
         raise FetchError(f"shard {path} is damaged or empty ({str(e).splitlines()[0][:120]}): delete it and run again, it is fetched anew") from None
 
 
+def read_texts(path, shard, group):
+    """The documents of a row group; FetchError where they cannot be read."""
+    import pyarrow
+    try:
+        return [t or "" for t in shard.read_row_group(group, columns=["text"]).column("text").to_pylist()]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise FetchError(f"shard {path} is damaged ({str(e).splitlines()[0][:120]}): delete it and run again, it is fetched anew") from None
+
+
 def text_bytes(path):
     """Bytes of text in a shard, from its footer alone."""
     meta = open_shard(path).metadata
@@ -218,7 +235,7 @@ def text_bytes(path):
 
 
 def tokens_per_byte(path, enc):
-    texts = [t or "" for t in open_shard(path).read_row_group(0, columns=["text"]).column("text").to_pylist()]
+    texts = read_texts(path, open_shard(path), 0)
     return sum(1 + len(ids) for ids in enc.encode_ordinary_batch(texts)) / max(1, sum(len(t.encode()) for t in texts))
 
 
@@ -240,11 +257,14 @@ class PackedRows:
         self.lengths = state["lengths"] if state else np.empty(0, np.int64)     # of the documents in the buffer
         self.buffer = np.split(state["tokens"], np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
         self.texts = self.file = None
+        seen = state["shards"] if state else []
+        if seen != [path.name for path in shards[:len(seen)]]:
+            raise FetchError(f"the run has read the shards {', '.join(seen)}, but they are not the first ones any more: put them back")
 
     def state(self):
         tokens = np.concatenate(self.buffer) if self.buffer else np.empty(0, np.uint16)
         return {"position": (self.epoch, self.shard, self.group, self.row), "counts": (self.tokens, self.cut),
-                "tokens": tokens, "lengths": self.lengths}
+                "tokens": tokens, "lengths": self.lengths, "shards": [path.name for path in self.shards[:self.shard + 1]]}
 
     def refill(self):
         """Adds the next 128 documents to the buffer; False after the last of the last epoch."""
@@ -258,11 +278,8 @@ class PackedRows:
             if self.group == self.file.num_row_groups:
                 self.file, self.shard, self.group = None, self.shard + 1, 0
                 continue
-            try:
-                self.texts = self.file.read_row_group(self.group, columns=["text"]).column("text").to_pylist()
-            except OSError as e:
-                raise FetchError(f"shard {self.shards[self.shard]} is damaged ({e}): delete it and run again, it is fetched anew") from None
-        texts, body, new = [t or "" for t in self.texts[self.row:self.row + 128]], self.row_len - 1, []
+            self.texts = read_texts(self.shards[self.shard], self.file, self.group)
+        texts, body, new = self.texts[self.row:self.row + 128], self.row_len - 1, []
         for ids in self.enc.encode_ordinary_batch(texts, num_threads=self.threads):
             for start in range(0, max(1, len(ids)), body):
                 new.append(np.array([self.bos] + ids[start:start + body], dtype=np.uint16))
@@ -292,18 +309,24 @@ class PackedRows:
         return np.concatenate(row)
 
 
+QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 def feed(conn, cfg, shards, paths, rows, state):
     """The loader's process: downloads ahead in a thread, packs, and sends (rows, state) for one step at a time."""
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for s in QUIET:
         signal.signal(s, signal.SIG_IGN)                    # the trainer decides when to stop
     parent, failed = os.getppid(), []
 
     def download():
-        try:
-            for path in paths:
-                shards.get(path)
-        except FetchError as e:
-            failed.append(str(e))
+        for path in paths:
+            while not path.exists():
+                try:
+                    shards.get(path)
+                    failed.clear()
+                except FetchError as e:                     # whoever waits for it is told; the hub may be back later
+                    failed[:] = [str(e)]
+                    time.sleep(10)
 
     def wait(path):
         since = time.time()
@@ -340,7 +363,9 @@ def start_loader(cfg, shards, paths, rows, state):
     context, batches = multiprocessing.get_context("spawn"), queue.Queue(maxsize=1)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=feed, args=(send, cfg, shards, paths, rows, state), daemon=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)         # the child inherits it: a signal must not end it while it starts
     process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)
     atexit.register(process.kill)                           # it takes no other signal
     send.close()
 
@@ -483,9 +508,15 @@ def starting_point(cfg, folder, newest, switch, tokenizer, revision):
     if not cfg.trunk:
         return None, 0
     trunk = folder.parent / cfg.trunk
+    if not checkpoint_steps(trunk):
+        sys.exit(f"--trunk {cfg.trunk}: no checkpoint in {trunk}; train it with --keep {cfg.drope}, or leave out --trunk")
     if newest_checkpoint(trunk, [s for s in checkpoint_steps(trunk) if s == switch]) is None:
-        sys.exit(f"{trunk} has no checkpoint of step {switch}: train it with --keep {cfg.drope}, or leave out --trunk")
-    check_recipe(cfg, trunk, read_meta(trunk, switch), tokenizer, revision, but=("drope",))
+        print(f"{trunk} kept no checkpoint of step {switch} (--keep {cfg.drope}): training {cfg.tag} from the beginning, to the same end")
+        return None, 0
+    meta = read_meta(trunk, switch)
+    if not meta["loop_state"]["use_rope"]:
+        sys.exit(f"--trunk {cfg.trunk}: it has dropped RoPE already; a trunk is a run without --drope")
+    check_recipe(cfg, trunk, meta, tokenizer, revision, but=("drope",))
     return trunk, switch
 
 
@@ -511,6 +542,7 @@ def main():
     config, derived = derive(cfg, enc.n_vocab)
     steps, switch = derived["steps"], derived["switch"]
     rows, micro = check_batch(cfg, env, config, steps)
+    micro = broadcast(torch.tensor([micro]), env, (1,), torch.int64).item()     # free memory may differ among devices
     folder = base_dir() / "base_checkpoints" / cfg.tag
     guard = lock(folder) if env.rank == 0 else None
     stop = StopRequest()
@@ -576,14 +608,17 @@ def main():
 
     keep = {round(float(p) / 100 * steps) for p in cfg.keep.split(",") if p}
     started_at, resumed_at = time.time(), step
-    val_bpb = text = None
+    val_bpb, text = meta["val_bpb"] if source else None, None
 
     def save():
         if env.rank == 0:
             for name, p in model.named_parameters():
                 if not torch.isfinite(p).all():
                     sys.exit(f"step {step}: {name} is not finite; nothing was saved. The last good checkpoint is step {max(checkpoint_steps(folder), default=None)}: lower --matrix-lr or --embedding-lr")
-            os.fsync(metrics.fileno())
+            try:
+                os.fsync(metrics.fileno())
+            except OSError as e:
+                sys.exit(f"cannot write {metrics.name}: {e.strerror}; earlier checkpoints are untouched")
             tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in loader_state.items()}
             save_checkpoint(folder, step, model, optimizer, tensors, dict(
                 step=step, val_bpb=val_bpb, model_config=asdict(config), user_config=asdict(cfg), device_batch_size=micro,
@@ -593,13 +628,21 @@ def main():
                 metrics_bytes=metrics.tell(), processes=env.world, sample=text), keep)
 
     while True:
-        stopping = any_process(stop, env)
+        # the batch of this step comes first: where there is none, all processes stop together, as they do on request
+        t0, batch, state = time.time(), None, ""
+        if env.rank == 0 and step < steps:
+            batch, state = next_batch(batches, stop)
+        waited = time.time() - t0
+        stopping = any_process(stop and step < steps, env)
+        no_data = any_process(env.rank == 0 and step < steps and batch is None, env)
         # A checkpoint of step s is taken before anything else happens at step s, so that whoever starts from it does the rest
-        if resumed_at < step < steps and (stopping or step % cfg.save_every == 0 or step in keep):
+        if resumed_at < step < steps and (stopping or no_data or step % cfg.save_every == 0 or step in keep):
             save()
-        if stopping:
-            say(f"stopped by {stop.signal or 'another process'} at step {step}, checkpoint saved: the same command goes on from here")
-            return INTERRUPTED
+        if stopping or no_data:
+            why = state if no_data else f"stopped by {stop.signal or 'another process'}"
+            say(f"stopped at step {step}: {why}. {'Checkpoint saved: t' if step else 'T'}he same command goes on from here", file=sys.stderr)
+            return INTERRUPTED if stopping else 1
+        loader_state = state if step < steps else loader_state
 
         # ---- the switch: DroPE ----
         # RoPE makes attention learn fast, but ties it to positions that it has seen. So it is dropped here, for good, and the rest of
@@ -621,19 +664,11 @@ def main():
             break
 
         # ---- one step ----
-        t0 = time.time()
+        t0 = time.time() - waited
         if env.rank == 0:
-            batch, state = next_batch(batches, stop)
-            if batch is None:                               # the hub is gone, a shard is damaged, or the data ran out
-                if step > resumed_at:
-                    save()
-                print(f"stopped at step {step}, checkpoint saved: {state}", file=sys.stderr)
-                return INTERRUPTED if stop else 1
-            loader_state = state
             batch = torch.from_numpy(batch.astype(np.int32))
             batch = batch.pin_memory() if env.device.type == "cuda" else batch
         batch = broadcast(batch if env.rank == 0 else None, env, (rows, cfg.max_seq_len + 1), torch.int32)
-        waited = time.time() - t0
         factor = lr_factor(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -684,7 +719,10 @@ def fetch_only(shards, count):
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except FetchError as e:
+        sys.exit(str(e))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)

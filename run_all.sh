@@ -36,6 +36,7 @@ d20_40tpp  d20_40tpp_long          d20_40tpp_drope_50  d20_40tpp_drope_50_long
 "
 
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"       # Slurm runs a copy of this file from elsewhere
+[ -e pretrain.py ] || { echo "run_all.sh: start it in the folder of the repository, not in $PWD" >&2; exit 1; }
 BASE="${NANOCHAT_BASE_DIR:-out}"
 export NANOCHAT_BASE_DIR="$BASE"
 
@@ -62,21 +63,25 @@ setup() {
 
 # ---- One stage -----------------------------------------------------------------------------------------------------
 
-# Prints a command and runs it. A signal is passed on: the stage saves and ends with 75; under Slurm the job is then
-# put back into the queue.
+# Prints a command and runs it. A signal is passed on; the stage saves and ends (with 75, or as torchrun ends), and so does the
+# driver. Slurm's warning before the time limit (USR1) puts the job back into the queue; after a preemption Slurm itself does that.
 CHILD="" STOPPED="" TIMES=""
-trap 'STOPPED=1; [ -z "$CHILD" ] || kill -TERM "$CHILD" 2>/dev/null || true' USR1 TERM INT
+forward() { STOPPED="$1"; [ -z "$CHILD" ] || kill -TERM "$CHILD" 2>/dev/null || true; }
+trap 'forward USR1' USR1; trap 'forward TERM' TERM INT
 stage() {
     local code=0 start=$SECONDS
     echo "+ NANOCHAT_BASE_DIR=$BASE $*"
-    "$@" & CHILD=$!
-    while :; do
-        code=0; wait "$CHILD" || code=$?
-        kill -0 "$CHILD" 2>/dev/null || break           # else the wait was interrupted by a signal
-    done
-    CHILD=""
-    if [ "$code" -ne 0 ] && { [ "$code" -eq 75 ] || [ -n "$STOPPED" ]; }; then
-        if [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    if [ -z "$STOPPED" ]; then
+        "$@" & CHILD=$!
+        [ -z "$STOPPED" ] || kill -TERM "$CHILD" 2>/dev/null || true
+        while :; do
+            code=0; wait "$CHILD" || code=$?
+            kill -0 "$CHILD" 2>/dev/null || break       # else the wait was interrupted by a signal
+        done
+        CHILD=""
+    fi
+    if [ "$code" -eq 75 ] || [ -n "$STOPPED" ]; then
+        if [ -n "${SLURM_JOB_ID:-}" ] && [ "$STOPPED" != TERM ]; then scontrol requeue "$SLURM_JOB_ID" || true; fi
         echo "interrupted: the same command goes on from here" >&2
         exit 75
     fi
@@ -84,7 +89,8 @@ stage() {
     TIMES="$TIMES  $2 $((SECONDS - start)) s"
 }
 
-train() { if [ "${GPUS:-1}" -gt 1 ]; then stage torchrun --standalone --nproc_per_node "$GPUS" "$@"; else stage python "$@"; fi; }
+# torchrun gives its processes 30 s to save, if not told otherwise
+train() { if [ "${GPUS:-1}" -gt 1 ]; then stage torchrun --shutdown-timeout 170 --standalone --nproc_per_node "$GPUS" "$@"; else stage python "$@"; fi; }
 
 # ---- A tag ---------------------------------------------------------------------------------------------------------
 
@@ -249,5 +255,5 @@ if [ "$WORDS" = release ]; then
     if [ -n "$DRY" ]; then plan "$SPEED" $TAGS; else release; fi
 else
     parse_tag "$WORDS"
-    if [ -n "$DRY" ]; then plan "$SPEED" "$TAG"; else tokenizer; pretrain; finish; fi
+    if [ -n "$DRY" ]; then plan "$SPEED" "$TAG"; else tokenizer; pretrain $([ -n "$DROPE" ] || echo "--keep 25,50,75"); finish; fi
 fi

@@ -705,8 +705,11 @@ def main():
 
     def log(**record):
         if env.rank == 0:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+            try:
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+            except OSError as e:
+                sys.exit(f"cannot write {metrics.name}: {e.strerror}; earlier checkpoints are untouched")
 
     not_finite = f"nothing more was saved in {folder}: run again from its last checkpoint, or anew with a lower --init-lr-frac"
 
@@ -725,10 +728,19 @@ def main():
     used = loader_state["used"] if resumed else 0
     resumed_at, used_before, started_at, val_bpb = step, used, time.time(), meta["val_bpb"] if resumed else None
     while True:
+        # the batch of this step comes first: where there is none, all processes stop together, as they do on request
+        t0, batch, state, packing = time.time(), None, "", 0.0
+        if env.rank == 0 and used < total:
+            batch, state, packing = next_message(receive)
+        waited = time.time() - t0
         stopping = any_process(stop, env)
+        no_data = any_process(env.rank == 0 and used < total and batch is None, env)
         # A checkpoint of step s is taken before anything else happens at step s, so that whoever starts from it does the rest
-        if step > resumed_at and (stopping or step % cfg.save_every == 0 and used < total):
+        if step > resumed_at and (stopping or no_data or step % cfg.save_every == 0 and used < total):
             save()
+        if no_data:                                             # a conversation that is none, or a dead loader
+            say(f"stopped at step {step}: {state}", file=sys.stderr)
+            return 1
         if stopping:
             say(f"stopped by {stop.signal or 'another process'} at step {step}, all saved: the same command goes on from here")
             return INTERRUPTED
@@ -741,17 +753,11 @@ def main():
             break
 
         # ---- one step ----
-        t0, factor, batch, packing = time.time(), lr_factor(used / total), None, 0.0
+        t0, factor = time.time() - waited, lr_factor(used / total)
         if env.rank == 0:
-            batch, state, packing = next_message(receive)
-            if batch is None:                                   # a conversation that is none, or a dead loader
-                if step > resumed_at:
-                    save()
-                sys.exit(f"stopped at step {step}: {state}")
             loader_state, used, batch = state, state["used"], torch.from_numpy(batch)
         used = broadcast(torch.tensor([used]), env, (1,), torch.int64).item()
         batch = broadcast(batch, env, (2, rows, cfg.max_seq_len), torch.int32)
-        waited = time.time() - t0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
             if group["kind"] == "muon":
