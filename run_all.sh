@@ -234,26 +234,29 @@ matrix() {
 
 # ---- What was asked for --------------------------------------------------------------------------------------------
 
-case "${1:-}" in -h|--help|help) sed -n '12,26s/^# \{0,1\}//p' "$0"; exit 0;; esac
-setup
-DRY="" WORDS=""
-case "${1:-tiny}" in
-    tiny) tiny; exit;;
-    test) shift; if [ "${1:-}" = --matrix ]; then matrix; exit; fi; exec python test_all.py "$@";;
-    chat) [ $# -eq 2 ] || die "chat with what? bash run_all.sh chat d18_9tpp"; chat "$2"; exit;;
-    demo) shift; stage python demo.py "$@"; exit;;
-esac
-SPEED=203000
-while [ $# -gt 0 ]; do
-    case "$1" in
-        --dry-run) DRY=1; case "${2:-}" in [0-9]*) SPEED="$2"; shift;; esac;;
-        *) WORDS="$WORDS${WORDS:+ }$1";;
+main() {
+    case "${1:-}" in -h|--help|help) sed -n '12,26s/^# \{0,1\}//p' "$0"; exit 0;; esac
+    setup
+    DRY="" WORDS=""
+    case "${1:-tiny}" in
+        tiny) tiny; exit;;
+        test) shift; if [ "${1:-}" = --matrix ]; then matrix; exit; fi; exec python test_all.py "$@";;
+        chat) [ $# -eq 2 ] || die "chat with what? bash run_all.sh chat d18_9tpp"; chat "$2"; exit;;
+        demo) shift; stage python demo.py "$@"; exit;;
     esac
-    shift
-done
-if [ "$WORDS" = release ]; then
-    if [ -n "$DRY" ]; then plan "$SPEED" $TAGS; else release; fi
-else
-    parse_tag "$WORDS"
-    if [ -n "$DRY" ]; then plan "$SPEED" "$TAG"; else tokenizer; pretrain $([ -n "$DROPE" ] || echo "--keep 25,50,75"); finish; fi
-fi
+    SPEED=203000
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --dry-run) DRY=1; case "${2:-}" in [0-9]*) SPEED="$2"; shift;; esac;;
+            *) WORDS="$WORDS${WORDS:+ }$1";;
+        esac
+        shift
+    done
+    if [ "$WORDS" = release ]; then
+        if [ -n "$DRY" ]; then plan "$SPEED" $TAGS; else release; fi
+    else
+        parse_tag "$WORDS"
+        if [ -n "$DRY" ]; then plan "$SPEED" "$TAG"; else tokenizer; pretrain $([ -n "$DROPE" ] || echo "--keep 25,50,75"); finish; fi
+    fi
+}
+main "$@"; exit          # on one line: bash has read all of this file by now, so it may be edited while it runs
