@@ -377,6 +377,16 @@ def atomic_write(path, write):
     return sha256.hexdigest()
 
 
+def append_record(file, record):
+    """Adds a line of JSON to an open file. A full disk: one line and exit."""
+    import json, sys
+    try:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+    except OSError as e:
+        sys.exit(f"cannot write {file.name}: {e.strerror}; earlier checkpoints are untouched")
+
+
 def lock(folder):
     """Lets one run at a time write to `folder`. The lock goes with the process, however that ends (flock)."""
     import fcntl, os, socket, sys

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (GPT, GPTConfig, INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, atomic_write, attention_kernel, base_dir,
+from model import (GPT, GPTConfig, INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, append_record, atomic_write, attention_kernel, base_dir,
                    bits_per_byte, broadcast, checkpoint_steps, fetch, load_part, load_tokenizer, lock, log_head, newest_checkpoint,
                    parse_config, read_meta, save_checkpoint, set_fp8, setup_env, token_bytes, tokenizer_hash, try_compile)
 from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
@@ -600,11 +600,7 @@ def main():
 
     def log(**record):
         if env.rank == 0:
-            try:
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-            except OSError as e:
-                sys.exit(f"cannot write {metrics.name}: {e.strerror}; the checkpoint of step {max(checkpoint_steps(folder), default='(none)')} is untouched")
+            append_record(metrics, record)
 
     keep = {round(float(p) / 100 * steps) for p in cfg.keep.split(",") if p}
     started_at, resumed_at = time.time(), step

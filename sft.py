@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, atomic_write,
+from model import (INTERRUPTED, FetchError, StopRequest, accumulate_gradients, any_process, append_record, atomic_write,
                    attention_kernel, base_dir, bits_per_byte, broadcast, checkpoint_steps, fetch, load_model, load_part,
                    load_tokenizer, lock, log_head, newest_checkpoint, parse_config, read_meta, save_checkpoint, set_fp8,
                    setup_env, token_bytes, tokenizer_hash, try_compile)
@@ -705,11 +705,7 @@ def main():
 
     def log(**record):
         if env.rank == 0:
-            try:
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-            except OSError as e:
-                sys.exit(f"cannot write {metrics.name}: {e.strerror}; earlier checkpoints are untouched")
+            append_record(metrics, record)
 
     not_finite = f"nothing more was saved in {folder}: run again from its last checkpoint, or anew with a lower --init-lr-frac"
 

@@ -867,7 +867,8 @@ def test_memory_formula():
 @pytest.fixture
 def hub(tiny_base, tmp_path, monkeypatch):
     """Serves tiny_base's shards as the hub does. hub.faults: a list of what happens to the next answers with file content:
-    a status, "cut" (half the body), "short" (10 bytes less, said so), "corrupt" (a flipped byte). hub.log: the paths asked for."""
+    a status, "cut" (half the body), "short" (10 bytes less, said so), "corrupt" (a flipped byte). hub.log: the paths asked for;
+    hub.bodies: the files whose content was."""
     import hashlib, threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     folder, sha = tiny_base / "data" / "climbmix", "c0ffee" * 6 + "c0ff"
@@ -897,6 +898,7 @@ def hub(tiny_base, tmp_path, monkeypatch):
                 headers["Content_Length"] = len(body)
                 return self.answer(200, b"", **headers)
             fault = server.faults.pop(0) if server.faults else None
+            server.bodies.append(name)
             if isinstance(fault, int):
                 return self.answer(fault, b"", Retry_After=1)
             if fault == "short":
@@ -911,7 +913,7 @@ def hub(tiny_base, tmp_path, monkeypatch):
         do_HEAD = do_GET
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.faults, server.log, server.files, server.revision = [], [], files, sha
+    server.faults, server.log, server.bodies, server.files, server.revision = [], [], [], files, sha
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     yield server
@@ -928,6 +930,13 @@ def test_shards_come_whole_past_every_fault(hub, tmp_path):
     assert json.loads((tmp_path / "data" / "climbmix" / "index.json").read_text())["revision"] == hub.revision
     asked = len(hub.log)
     assert script("pretrain.py", "--fetch", 2, base=tmp_path, env=hub.env).returncode == 0 and len(hub.log) == asked     # nothing is asked twice
+
+
+def test_two_jobs_that_want_the_same_shard_fetch_it_once(hub, tmp_path):
+    env = {**os.environ, **hub.env, "NANOCHAT_BASE_DIR": str(tmp_path)}
+    jobs = [subprocess.Popen([sys.executable, str(HERE / "pretrain.py"), "--fetch", "1"], env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert len(hub.bodies) == len(set(hub.bodies)) == 2     # one training shard, one for validation
 
 
 def test_a_shard_that_never_comes_is_named(hub, tmp_path):
