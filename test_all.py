@@ -608,38 +608,35 @@ def start(name, *args, base):
 
 
 def kill_at_random(args, base, folder, kills, seed=0):
-    """Runs a script again and again and kills it: in the middle of three saves, at the switch, otherwise at random moments.
-    Returns what the last run printed, which came to its end."""
+    """Runs a script again and again and kills it: in the middle of three saves, at the switch, otherwise somewhere in the first
+    to twelfth step. Then lets it come to its end."""
     random, inside_saves, at_switch = np.random.default_rng(seed), min(3, kills // 3), False
     for n in range(kills):
-        process, deadline = start(*args, base=base), None
+        process, steps = start(*args, base=base), int(random.integers(1, 13))
         for line in process.stdout:
-            if line.startswith("step 0") and deadline is None:
-                deadline = time.time() + random.uniform(0, 0.6)
+            steps -= line.startswith("step 0")
             if "RoPE is dropped" in line and not at_switch:
                 at_switch = True
                 break
-            if n < inside_saves and deadline:               # a file that is being written has a temporary name
-                until = time.time() + 5
-                while time.time() < until and not list(folder.glob(".*.tmp")):
+            if steps == 0:
+                until = time.time() + (5 if n < inside_saves else random.uniform(0, 0.1))
+                while time.time() < until and not (n < inside_saves and list(folder.glob(".*.tmp"))):   # a file that is being written
                     pass
-                break
-            if deadline and time.time() > deadline:
                 break
         else:
             raise AssertionError(f"finished after {n} of {kills} kills (exit {process.wait()}): make it longer")
         process.kill()
         process.wait()
+    assert at_switch, "the kills ended before the switch: make it earlier"
     result = script(*args, base=base)
     assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_a_run_killed_at_20_moments_ends_in_the_same_tensors(tiny_base):
     """KILLS=100 python test_all.py -k killed is the long form."""
     kills = int(os.environ.get("KILLS", 20))
-    tpp = (12 * kills + 60) * 1024 / 253_952
-    args = ("pretrain.py", *TINY, "--tpp", tpp, "--drope", 40, "--epochs", 99, "--eval-every", 30)
+    tpp = (8 * kills + 40.5) * 1024 / 253_952
+    args = ("pretrain.py", *TINY, "--tpp", tpp, "--drope", 20, "--epochs", 99, "--eval-every", 30)
     assert script(*args, "--tag", "calm", base=tiny_base).returncode == 0
     kill_at_random((*args, "--tag", "killed"), tiny_base, tiny_base / "base_checkpoints" / "killed", kills)
     assert_same_run(tiny_base / "base_checkpoints" / "calm", tiny_base / "base_checkpoints" / "killed")
