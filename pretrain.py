@@ -590,7 +590,7 @@ def main():
     compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
     validate = Validation(cfg, shards, enc, env, micro)
     if env.rank == 0:
-        log_head(cfg, **{k: v for k, v in derived.items()}, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel, processes=env.world,
+        log_head(cfg, **derived, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel, processes=env.world,
                  parameters=sum(p.numel() for p in model.parameters()), tokenizer=tokenizer, revision=revision)
         if source:
             print(f"going on from step {step} of {source}")

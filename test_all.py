@@ -17,7 +17,6 @@ import regex
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 import tok
-import ast
 from dataclasses import asdict, replace
 import eval as ev
 import model as m
