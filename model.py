@@ -64,24 +64,26 @@ def rotary_tables(T, head_dim, device, theta=ROPE_THETA):
 
 
 def rotate(x, cos, sin):
-    """Rotates each pair (x1[i], x2[i]) of a (B, n_head, T, head_dim) tensor by its angle, x1 and x2 being the halves of
-    head_dim. The direction is the released checkpoints' own: the transpose of the textbook's rotation."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), dim=-1)
+    """Rotates each pair (x1[i], x2[i]) of a (B, T, n_head, head_dim) tensor by its angle, x1 and x2 being the halves of
+    head_dim: (x1 cos + x2 sin, x2 cos - x1 sin). cos and sin: (T, 1, head_dim), the latter with -sin in its second half.
+    The direction is the released checkpoints' own: the transpose of the textbook's rotation."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)     # (x2, x1)
+    return x * cos + swapped * sin
 
 
 class Linear(nn.Linear):
-    """No bias; weights stay float32 and are cast to the activations' dtype where they are used. With fp8 set, training (not
-    evaluation) multiplies in float8."""
-    fp8 = False
+    """No bias; weights stay float32 and are cast to the activations' dtype where they are used, or, for training, once for all
+    micro-batches of a step (`cast`, see accumulate_gradients). With fp8 set, training (not evaluation) multiplies in float8."""
+    fp8, cast = False, None
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
+        weight = self.weight.to(x.dtype) if self.cast is None else self.cast
         if self.fp8 and torch.is_grad_enabled():
-            return Float8Matmul.apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.to(x.dtype))
+            return Float8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return F.linear(x, weight)
 
 
 def to_float8(x, dtype):
@@ -91,10 +93,11 @@ def to_float8(x, dtype):
     return (x.float() * scale).clamp(-most, most).to(dtype), 1 / scale
 
 
-def float8_mm(a, a_scale, b, b_scale, dtype):
-    """(M, K) @ (K, N) of float8 with float32 sums. The GPU wants `a` by rows and `b` by columns in memory; elsewhere it is emulated."""
+def float8_mm(a, a_scale, b, b_scale, dtype, fast=False):
+    """(M, K) @ (K, N) of float8 with float32 sums. The GPU wants `a` by rows and `b` by columns in memory; elsewhere it is emulated.
+    fast: sums that Hopper keeps in fewer bits, good enough forward but not for gradients (torchao's defaults)."""
     if a.is_cuda:
-        return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+        return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
     return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
 
 
@@ -105,13 +108,13 @@ class Float8Matmul(torch.autograd.Function):
     def forward(ctx, x, weight):                            # (N, C_in), (C_out, C_in)
         (x8, x_scale), (w8, w_scale) = to_float8(x, torch.float8_e4m3fn), to_float8(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        return float8_mm(x8, x_scale, w8.t(), w_scale, x.dtype)
+        return float8_mm(x8, x_scale, w8.t(), w_scale, x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):                                # (N, C_out)
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = to_float8(grad, torch.float8_e5m2)
-        return float8_mm(g8, g_scale, w8, w_scale, grad.dtype), float8_mm(g8.t(), g_scale, x8, x_scale, torch.float32)
+        return float8_mm(g8, g_scale, w8, w_scale, grad.dtype), float8_mm(g8.t(), g_scale, x8, x_scale, grad.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -127,11 +130,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary):
         B, T, C = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2) for f in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (f(x).view(B, T, self.n_head, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k = norm(q), norm(k)                             # QK-norm, after the rotation (arXiv:2302.05442)
-        y = self.attend(q, k, v)                            # (B, n_head, T, head_dim)
+        y = self.attend(*(t.transpose(1, 2) for t in (q, k, v)))    # (B, n_head, T, head_dim)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -174,16 +177,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)                              # (V, C)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        slope = lambda z: 1 - (z / SOFTCAP).square()        # derivative of the softcap
         for i in range(0, x.size(0), chunk):
-            xs, ts = x[i:i + chunk], targets[i:i + chunk]   # (n, C), (n,)
-            counted = (ts != -1).unsqueeze(1)               # (n, 1)
-            ts = ts.clamp(min=0).unsqueeze(1)               # (n, 1)
-            logits = softcapped(xs, w)                      # (n, V)
-            logp = logits.log_softmax(dim=-1)               # (n, V)
-            loss = loss - (logp.gather(1, ts) * counted).sum()
-            slope = 1 - (logits / SOFTCAP).square()         # derivative of the softcap
-            grad = logp.exp().scatter_add(1, ts, -torch.ones_like(ts, dtype=logp.dtype))    # softmax - one-hot
-            grad = (grad * slope * counted).to(x.dtype)     # (n, V)
+            xs, ts = x[i:i + chunk], targets[i:i + chunk].unsqueeze(1)      # (n, C), (n, 1)
+            counted, ts = ts != -1, ts.clamp(min=0)         # (n, 1) each
+            logits = softcapped(xs, w)                      # (n, V), at most 15: exp() cannot overflow
+            e, hit = logits.exp(), logits.gather(1, ts)     # (n, V), (n, 1)
+            total = e.sum(dim=1, keepdim=True)              # (n, 1)
+            loss = loss + ((total.log() - hit) * counted).sum()
+            # softmax - one-hot; first as if no id were the target, then the targets' own entries (1 of V) in their places
+            grad = (e * slope(logits) * (counted / total)).to(x.dtype)      # (n, V)
+            grad.scatter_(1, ts, ((hit.exp() / total - 1) * slope(hit) * counted).to(x.dtype))
             grad_x[i:i + chunk] = grad @ w
             grad_w += grad.T @ xs
         ctx.save_for_backward(grad_x, grad_w)
@@ -228,13 +232,15 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
 
-    def forward(self, idx, targets=None, reduction="sum", chunk=4096):
+    def forward(self, idx, targets=None, reduction="sum", chunk=None):
         """idx (B, T) int64 -> float32 logits (B, T, vocab_size); with targets (B, T; -1 is not counted) the sum of
-        the cross entropies in nats, or with reduction="none" each of them, (B, T)."""
+        the cross entropies in nats, or with reduction="none" each of them, (B, T). chunk: positions whose logits are held at a
+        time; 4,096 keep a GPU busy, 512 suit a CPU's caches."""
         B, T = idx.shape
+        chunk = chunk or (4096 if idx.is_cuda else 512)
         rotary = None
         if self.use_rope:                                   # DroPE: this line is all that the model knows of it
-            rotary = [t.to(self.dtype) for t in self.rotary_tables(T, self.config.n_embd // self.config.n_head, idx.device)]
+            rotary = self.rotary(T, idx.device)
         x = self.transformer.wte(idx).to(self.dtype)        # (B, T, C)
         for block in self.transformer.h:
             x = block(x, rotary)
@@ -248,6 +254,12 @@ class GPT(nn.Module):
         losses = [F.cross_entropy(softcapped(xs, head.to(x.dtype)), ts, ignore_index=-1, reduction="none")
                   for xs, ts in zip(x.split(chunk), targets.split(chunk))]
         return torch.cat(losses).view(B, T)
+
+    @torch.compiler.assume_constant_result                  # or every layer of a compiled graph computes its cosines again
+    def rotary(self, T, device):
+        """The tables as rotate() wants them, cos and sin in one tensor, (2, T, 1, head_dim)."""
+        cos, sin = self.rotary_tables(T, self.config.n_embd // self.config.n_head, device)
+        return torch.stack((torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1))).unsqueeze(2).to(self.dtype)
 
     def num_scaling_params(self):
         """N of the scaling rules: block matrices + lm_head, the parameters that do a token's matmuls."""
@@ -647,7 +659,7 @@ def try_compile(model, device, wanted):
     if not wanted:
         return model
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))) or device.type == "mps" or sys.platform == "win32":
-        print("torch.compile is left out: no C++ compiler here" if device.type == "cpu" else f"torch.compile is left out on {device.type}")
+        print("torch.compile is left out: no C++ compiler here" if device.type == "cpu" else f"torch.compile is left out on {device.type}", file=sys.stderr)
         return model
     return torch.compile(model, fullgraph=True, dynamic=False)
 
@@ -667,10 +679,18 @@ def accumulate_gradients(model, inputs, targets, micro, env):
     share = len(inputs) // env.world
     mine = slice(env.rank * share, (env.rank + 1) * share)
     loss = torch.zeros((), device=env.device)
+    linears = [m for m in model.transformer.h.modules() if isinstance(m, Linear) and model.dtype != m.weight.dtype]
+    for m in linears:
+        m.cast = m.weight.detach().to(model.dtype).requires_grad_()
     for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
         part = model(x, y) / counted
         part.backward()
         loss += part.detach()
+        for m in linears:                                   # the sum over the micro-batches is in float32
+            m.weight.grad = m.cast.grad.float() if m.weight.grad is None else m.weight.grad.add_(m.cast.grad)
+            m.cast.grad = None
+    for m in linears:
+        m.cast = None
     if env.world > 1:
         for p in model.parameters():
             torch.distributed.all_reduce(p.grad)

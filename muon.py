@@ -37,12 +37,10 @@ def polar_express(G, steps=5):
     X = G.bfloat16() if G.is_cuda else G.float()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)      # all singular values below 1
     for a, b, c in POLAR_EXPRESS[:steps]:
-        if G.size(-2) > G.size(-1):                                 # tall
-            A = X.mT @ X                                            # (K, cols, cols)
-            X = a * X + X @ (b * A + c * (A @ A))
-        else:
-            A = X @ X.mT                                            # (K, rows, rows)
-            X = a * X + (b * A + c * (A @ A)) @ X
+        tall = G.size(-2) > G.size(-1)
+        A = X.mT @ X if tall else X @ X.mT                          # (K, cols, cols) or (K, rows, rows)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)                 # bA + cA^2, in the matmul's own pass over memory
+        X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
 
 
@@ -78,6 +76,16 @@ def orthogonalize_shared(G, steps):
     return everyone[:len(G)]
 
 
+def update_matrices(weights, grads, momentum_buffer, second_momentum_buffer, lr, momentum, beta2, weight_decay, ns_steps):
+    """One step of Muon for K matrices of one shape, all (K, rows, cols), in place. The numbers may be floats or
+    0-d tensors; to torch.compile floats are constants, and each new value would mean a new compilation."""
+    momentum_buffer.lerp_(grads, 1 - momentum)
+    update = grads.lerp(momentum_buffer, momentum)                  # Nesterov's look ahead
+    update = orthogonalize_shared(update, ns_steps)
+    update = normuon(update, second_momentum_buffer, beta2)
+    cautious_step(weights, update, lr, weight_decay)
+
+
 # ---- The optimizer -------------------------------------------------------------------------------------------------
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -87,9 +95,13 @@ class MuonAdamW(torch.optim.Optimizer):
     muon: lr, momentum, ns_steps, beta2, weight_decay; state of the group, kept at its first parameter: momentum_buffer
     (K, rows, cols) and second_momentum_buffer (K, rows, 1) or (K, 1, cols). lr is multiplied by sqrt(max(1, rows/cols)).
 
+    compile: torch.compile for Muon's update (of a single process), one graph for each shape.
+
     All processes hold the whole state and make the same step, given gradients that are already averaged among them."""
 
-    def __init__(self, groups):
+    def __init__(self, groups, compile=False):
+        self.compiled = compile and not dist.is_initialized()       # a graph of one process
+        self.update_matrices = torch.compile(update_matrices, fullgraph=True, dynamic=False) if self.compiled else update_matrices
         for group in groups:
             if group["kind"] not in ("adamw", "muon"):
                 raise ValueError(f"kind {group['kind']!r}: a group is of kind 'adamw' or 'muon'")
@@ -126,17 +138,14 @@ class MuonAdamW(torch.optim.Optimizer):
             column = (len(params), rows, 1) if rows >= cols else (len(params), 1, cols)
             state["momentum_buffer"] = torch.zeros(len(params), rows, cols, device=params[0].device)
             state["second_momentum_buffer"] = torch.zeros(column, device=params[0].device)
-        grads = torch.stack([p.grad for p in params])               # (K, rows, cols)
-        weights = torch.stack(list(params))
-        state["momentum_buffer"].lerp_(grads, 1 - group["momentum"])
-        update = grads.lerp_(state["momentum_buffer"], group["momentum"])       # Nesterov's look ahead
-        update = orthogonalize_shared(update, group["ns_steps"])
-        update = normuon(update, state["second_momentum_buffer"], group["beta2"])
-        cautious_step(weights, update, group["lr"] * max(1, rows / cols) ** 0.5, group["weight_decay"])
+        grads, weights = torch.stack([p.grad for p in params]), torch.stack(list(params))       # (K, rows, cols)
+        numbers = [group["lr"] * max(1, rows / cols) ** 0.5, group["momentum"], group["beta2"], group["weight_decay"]]
+        self.update_matrices(weights, grads, state["momentum_buffer"], state["second_momentum_buffer"],
+                             *(map(torch.tensor, numbers) if self.compiled else numbers), group["ns_steps"])
         torch._foreach_copy_(params, list(weights.unbind(0)))
 
 
-def build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, weight_decay=0.0):
+def build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, weight_decay=0.0, compile=False):
     """The groups of model.py's GPT, in the order head, embedding, block matrices by shape. The two AdamW learning rates are
     references for width 768 and scale with (width/768)^-0.5."""
     width = (model.config.n_embd / 768) ** -0.5
@@ -147,7 +156,7 @@ def build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.0
     for shape in sorted({p.shape for p in matrices}):
         groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=matrix_lr,
                            momentum=0.95, ns_steps=5, beta2=0.9, weight_decay=weight_decay))
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, compile)
 
 
 # ---- The schedules of pretraining: pure functions of the step --------------------------------------------------------

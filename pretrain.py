@@ -12,7 +12,7 @@ an H100's bfloat16 peak.
 DroPE (arXiv:2512.12167): RoPE for the first part of the steps, then none at all; look for "the switch" below. Batch size, learning
 rates and weight decay follow from the depth, the one dial (see `derive`). Left out: mid-training, other optimizers, sharding.
 """
-import atexit, gc, json, math, multiprocessing, os, queue, re, signal, sys, threading, time
+import atexit, gc, json, math, multiprocessing, os, queue, re, resource, signal, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def check_batch(cfg, env, config, steps):
     if steps < 1:
         sys.exit(f"--tpp {cfg.tpp:g} at depth {cfg.depth} is less than one batch of {cfg.total_batch_size} tokens: raise --tpp or lower --total-batch-size")
     share = rows // env.world
-    micro = cfg.device_batch_size or rows_that_fit(config, cfg.max_seq_len, env)
+    micro = cfg.device_batch_size or rows_that_fit(config, cfg.max_seq_len, env, cfg.fp8)
     while share % micro and not cfg.device_batch_size:
         micro -= 1
     if share % micro:
@@ -118,26 +118,31 @@ def check_batch(cfg, env, config, steps):
     return rows, min(micro, share)
 
 
-def step_memory(config, rows, T, size=2):
-    """Bytes that a step takes with `rows` rows at a time (size: bytes of an activation, 2 in bfloat16).
+def step_memory(config, rows, T, size=2, fp8=False):
+    """Bytes that a compiled step takes with `rows` rows at a time (size: bytes of an activation, 2 in bfloat16).
 
-    For each parameter 16: weight, gradient, and at most two moments, in float32. For backward each layer keeps, of each token, about
-    12 C around attention (C = n_embd: input, q, k, v, both rotated, both normed, output, two residuals) and 3 x 8/3 C of the MLP,
-    in all 20 C. The loss holds 5 float32 copies of a chunk of 4,096 logit rows. In GB, with T = 4,096 and bfloat16:
+    For each parameter 16: weight, gradient, and two moments (AdamW) or one and a cast weight (Muon). For backward a layer keeps, of
+    each token, 19 C (C = n_embd): its 2 residual inputs, their norms, q and k as rotated, q, k and v as attention takes them,
+    attention's output with heads apart and together, gate, up and their product (8/3 C each); with float8 all but the norms and
+    the product, 14.3 C. 15 C more are at work at a time. The loss holds logits and their gradient for a chunk of 4,096 positions, and
+    of every chunk the head's gradient. In GB, with T = 4,096 and bfloat16 (float8):
 
-                8 rows   16 rows   32 rows
-        d18         36        63       117
-        d20         44        77       145
+               8 rows      16 rows      32 rows
+        d18   34 (28)      61 (49)     117 (91)
+        d20   42 (34)      76 (60)     143 (112)
     """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(config).parameters())
-    return 16 * parameters + 5 * 4 * min(4096, rows * T) * config.vocab_size + 20 * config.n_embd * config.n_layer * rows * T * size
+    tokens, C = rows * T, config.n_embd
+    layers = (19 - fp8 * (2 + 8 / 3)) * config.n_layer + 15
+    loss = 2 * min(4096, tokens) * config.vocab_size + -(-tokens // 4096) * config.vocab_size * C
+    return round(16 * parameters + size * (layers * C * tokens + loss))
 
 
-def rows_that_fit(config, T, env):
+def rows_that_fit(config, T, env, fp8=False):
     """The largest power of two of rows, at most 32, that 85% of a device's free memory holds (6 GB on a CPU)."""
     free = 0.85 * torch.cuda.mem_get_info(env.device)[0] if env.device.type == "cuda" else 6e9
-    return max((n for n in (2, 4, 8, 16, 32) if step_memory(config, n, T, env.dtype.itemsize) <= free), default=1)
+    return max((n for n in (2, 4, 8, 16, 32) if step_memory(config, n, T, env.dtype.itemsize, fp8) <= free), default=1)
 
 
 # ---- Shards: which are there, which are needed, and the downloader ------------------------------------------------------
@@ -427,66 +432,74 @@ def sample(model, enc, prompt, n=48):
 # ---- Speed ------------------------------------------------------------------------------------------------------------------
 
 def bench(cfg, env):
-    """One JSON line: the medians of 20 real steps on random tokens after 3 to warm up."""
+    """One JSON line: the median of 20 real steps on random tokens, after 3 to warm up. On a CPU compiled and not, the faster of the
+    two counts, and beside a plain step: the same model uncompiled, all logits at once, torch's AdamW."""
     config, derived = derive(cfg, cfg.vocab_size)
     rows, micro = check_batch(cfg, env, config, 1)
-    kernel = attention_kernel(env, config)
-    sync = torch.cuda.synchronize if env.device.type == "cuda" else lambda: None
-    tokens = torch.randint(cfg.vocab_size, (rows, cfg.max_seq_len + 1), dtype=torch.int32)
-
-    def gradients(model):
-        return lambda x, y: accumulate_gradients(model, x, y, micro, env)
-
-    def plain(x, y):                                        # the whole logits at once, nothing compiled
-        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        loss.backward()
-        return loss
-
+    kernel, cuda = attention_kernel(env, config), env.device.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    memory = torch.cuda.max_memory_allocated if cuda else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    tokens = torch.randint(cfg.vocab_size, (rows, cfg.max_seq_len + 1), dtype=torch.int32, pin_memory=cuda)
+    before = memory()
     torch.manual_seed(42)
     model = GPT(config, dtype=env.dtype)
     model.init_weights()
     model.to(env.device)
     if cfg.fp8:
         set_fp8(model, env.device)
-    optimizer, cpu = build_optimizer(model, **derived["lrs"]), env.device.type == "cpu"
-    ways = {c: (gradients(try_compile(model, env.device, c)), optimizer) for c in ((0, 1) if cfg.compile is None and cpu else (cfg.compile != 0,))}
-    if cpu:
+
+    def ours(compile):
+        compiled = try_compile(model, env.device, compile)
+        optimizer = build_optimizer(model, **derived["lrs"], weight_decay=derived["weight_decay"], compile=compiled is not model)
+        return lambda x, y: accumulate_gradients(compiled, x, y, micro, env), optimizer
+
+    def plain(x, y):
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        return loss
+
+    def step(gradients, optimizer):
+        """Seconds of its parts: data, forward and backward, optimizer."""
+        marks = [time.time()]
+        batch = broadcast(tokens, env, tokens.shape, torch.int32).long()
+        sync(), marks.append(time.time())
+        gradients(batch[:, :-1], batch[:, 1:]).item()
+        sync(), marks.append(time.time())
+        optimizer.step()
+        optimizer.zero_grad()
+        sync(), marks.append(time.time())
+        return np.diff(marks)
+
+    ways = {c: ours(c) for c in ((0, 1) if cfg.compile is None and not cuda else (int(cfg.compile != 0),))}
+    step(*next(iter(ways.values()))), step(*next(iter(ways.values())))
+    peak = memory() - before                                # of two steps, before compilers and plain steps add theirs
+    if env.device.type == "cpu":
         ways["plain"] = plain, torch.optim.AdamW(model.parameters(), lr=1e-4)
     seconds = {way: [] for way in ways}
     for _ in range(3 + 20):
-        for way, (gradients_of, optimizer) in ways.items():  # in turn, so that a machine that others use is as fast for each
-            marks = [time.time()]
-            batch = broadcast(tokens, env, tokens.shape, torch.int32).long()
-            sync(), marks.append(time.time())
-            gradients_of(batch[:, :-1], batch[:, 1:]).item()
-            sync(), marks.append(time.time())
-            optimizer.step()
-            optimizer.zero_grad()
-            sync(), marks.append(time.time())
-            seconds[way].append(np.diff(marks))             # data, forward and backward, optimizer
-    medians = {way: np.median(times[3:], axis=0) for way, times in seconds.items()}
-    plain_step = medians.pop("plain", np.zeros(3)).sum()
-    compiled, (data, both, update) = min(medians.items(), key=lambda item: item[1].sum())
-    speed = cfg.total_batch_size / (data + both + update)
-    record = dict(device=torch.cuda.get_device_name() if env.device.type == "cuda" else env.device.type, torch=torch.__version__, depth=cfg.depth,
-                  dtype="fp8" if cfg.fp8 else str(env.dtype).removeprefix("torch."), batch=cfg.total_batch_size, rows=micro, attention=kernel,
-                  compile=int(compiled), processes=env.world, tokens_per_second=round(speed), step_seconds=round(data + both + update, 4),
-                  share_forward_backward=round(both / (data + both + update), 4), share_optimizer=round(update / (data + both + update), 4),
-                  share_data=round(data / (data + both + update), 4), step_memory_formula_gb=round(step_memory(config, micro, cfg.max_seq_len, env.dtype.itemsize) / 1e9, 2))
+        for way in ways:                                    # in turn, so that a machine that others use is as fast for each
+            seconds[way].append(step(*ways[way]))
+    medians = {way: np.median([sum(parts) for parts in times[3:]]) for way, times in seconds.items()}
+    plain_step = medians.pop("plain", None)
+    compiled = min(medians, key=medians.get)
+    shares = np.sum(seconds[compiled][3:], axis=0) / np.sum(seconds[compiled][3:])
+    speed = cfg.total_batch_size / medians[compiled]
     flops = speed * model.flops_per_token() / env.world
-    size = 8192 if env.device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=env.device, dtype=env.dtype)
-    matmuls = []
+    size = 8192 if cuda else 2048
+    a, matmuls = torch.randn(size, size, device=env.device, dtype=env.dtype), []
     for _ in range(10):
         sync(), (start := time.time()), a @ a, sync()
         matmuls.append(2 * size ** 3 / (time.time() - start))
-    record.update(matmul_tflops=round(np.median(matmuls) / 1e12, 3), model_tflops=round(flops / 1e12, 3), of_matmul_rate=round(flops / np.median(matmuls), 3))
-    if env.peak_flops:
-        record.update(mfu=round(flops / env.peak_flops, 4), peak_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
-    if cpu:                                                 # against the plain step with torch's AdamW
-        record.update(of_plain_step=round((data + both + update) / plain_step, 3))
     if env.rank == 0:
-        print(json.dumps(record))
+        print(json.dumps(dict(
+            device=torch.cuda.get_device_name() if cuda else env.device.type, torch=torch.__version__, depth=cfg.depth,
+            dtype="fp8" if cfg.fp8 else str(env.dtype).removeprefix("torch."), batch=cfg.total_batch_size, rows=micro, attention=kernel,
+            compile=compiled, processes=env.world, tokens_per_second=round(speed), step_seconds=round(medians[compiled], 4),
+            mfu=env.peak_flops and round(flops / env.peak_flops, 4), model_tflops=round(flops / 1e12, 3),
+            matmul_tflops=round(np.median(matmuls) / 1e12, 3), of_matmul_rate=round(flops / np.median(matmuls), 3),
+            **dict(zip(("share_data", "share_forward_backward", "share_optimizer"), (round(s, 4) for s in shares.tolist()))),
+            peak_memory_gb=round(peak / 1e9, 2), memory_formula_gb=round(step_memory(config, micro, cfg.max_seq_len, env.dtype.itemsize, cfg.fp8) / 1e9, 2),
+            of_plain_step=plain_step and round(medians[compiled] / plain_step, 3))))
 
 
 # ---- Starting: fresh, resumed, or branched off a trunk ---------------------------------------------------------------------
@@ -574,7 +587,8 @@ def main():
     model = GPT(config, use_rope=switch != 0, dtype=env.dtype)
     model.init_weights()
     model.to(env.device)
-    optimizer = build_optimizer(model, **derived["lrs"], weight_decay=derived["weight_decay"])
+    compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
+    optimizer = build_optimizer(model, **derived["lrs"], weight_decay=derived["weight_decay"], compile=compiled is not model)
     loop = dict(use_rope=model.use_rope, min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0)
     loader_state, metrics_size = None, 0
     if source:
@@ -587,7 +601,6 @@ def main():
     if cfg.fp8:
         set_fp8(model, env.device)
     kernel = attention_kernel(env, config)
-    compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
     validate = Validation(cfg, shards, enc, env, micro)
     if env.rank == 0:
         log_head(cfg, **derived, rows=rows, micro_batch=micro, device=env.device, dtype=env.dtype, attention=kernel, processes=env.world,

@@ -666,14 +666,14 @@ def main():
         set_fp8(model, env.device)
     kernel = attention_kernel(env, model.config)
     reference = {name: meta["user_config"][name] for name in ("embedding_lr", "unembedding_lr", "matrix_lr")}
-    optimizer = build_optimizer(model, **{name: lr * cfg.init_lr_frac for name, lr in reference.items()})
+    compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
+    optimizer = build_optimizer(model, **{name: lr * cfg.init_lr_frac for name, lr in reference.items()}, compile=compiled is not model)
     fresh = [dict(initial_lr=group["lr"], weight_decay=group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(load_part(source, step, "optim", env.device))
     for group, values in zip(optimizer.param_groups, fresh):
         group.update(values)
     micro = cfg.device_batch_size or max(1, meta["device_batch_size"] * meta["max_seq_len"] // cfg.max_seq_len)
     micro = next(m for m in range(min(micro, rows // env.world), 0, -1) if rows // env.world % m == 0)
-    compiled = try_compile(model, env.device, cfg.compile if cfg.compile is not None else env.device.type == "cuda")
     say(f"{'going on' if resumed else 'starting'} from step {step} of {source}", flush=True)
     base, step = (meta["base"], step) if resumed else (base_name(source), 0)
     loop = meta["loop_state"] if resumed else dict(
