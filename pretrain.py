@@ -492,7 +492,7 @@ def bench(cfg, env):
         matmuls.append(2 * size ** 3 / (time.time() - start))
     if env.rank == 0:
         print(json.dumps(dict(
-            device=torch.cuda.get_device_name() if cuda else env.device.type, torch=torch.__version__, depth=cfg.depth,
+            device=torch.cuda.get_device_name() if cuda else env.device.type, torch=torch.__version__, cuda=torch.version.cuda, python=sys.version.split()[0], depth=cfg.depth,
             dtype="fp8" if cfg.fp8 else str(env.dtype).removeprefix("torch."), batch=cfg.total_batch_size, rows=micro, attention=kernel,
             compile=compiled, processes=env.world, tokens_per_second=round(speed), step_seconds=round(medians[compiled], 4),
             mfu=env.peak_flops and round(flops / env.peak_flops, 4), model_tflops=round(flops / 1e12, 3),
