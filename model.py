@@ -74,10 +74,10 @@ def rotate(x, cos, sin):
 class Linear(nn.Linear):
     """No bias; weights stay float32 and are cast to the activations' dtype where they are used, or, for training, once for all
     micro-batches of a step (`cast`, see accumulate_gradients). With fp8 set, training (not evaluation) multiplies in float8."""
-    fp8, cast = False, None
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
+        self.fp8, self.cast = False, None
 
     def forward(self, x):
         weight = self.weight.to(x.dtype) if self.cast is None else self.cast
@@ -94,8 +94,8 @@ def to_float8(x, dtype):
 
 
 def float8_mm(a, a_scale, b, b_scale, dtype, fast=False):
-    """(M, K) @ (K, N) of float8 with float32 sums. The GPU wants `a` by rows and `b` by columns in memory; elsewhere it is emulated.
-    fast: sums that Hopper keeps in fewer bits, good enough forward but not for gradients (torchao's defaults)."""
+    """(M, K) @ (K, N) of float8. The GPU wants `a` by rows and `b` by columns in memory; elsewhere it is emulated. Sums are in float32,
+    or with `fast` on a GPU in the fewer bits of Hopper's tensor cores: good enough forward, not for gradients (torchao's defaults)."""
     if a.is_cuda:
         return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
     return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
@@ -255,7 +255,8 @@ class GPT(nn.Module):
                   for xs, ts in zip(x.split(chunk), targets.split(chunk))]
         return torch.cat(losses).view(B, T)
 
-    @torch.compiler.assume_constant_result                  # or every layer of a compiled graph computes its cosines again
+    # Constant in a compiled graph, or all its layers would compute cosines; so rotary_tables must not change once it is compiled
+    @torch.compiler.assume_constant_result
     def rotary(self, T, device):
         """The tables as rotate() wants them, cos and sin in one tensor, (2, T, 1, head_dim)."""
         cos, sin = self.rotary_tables(T, self.config.n_embd // self.config.n_head, device)
@@ -661,7 +662,8 @@ def try_compile(model, device, wanted):
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))) or device.type == "mps" or sys.platform == "win32":
         print("torch.compile is left out: no C++ compiler here" if device.type == "cpu" else f"torch.compile is left out on {device.type}", file=sys.stderr)
         return model
-    return torch.compile(model, fullgraph=True, dynamic=False)
+    torch._dynamo.config.recompile_limit = 32               # a graph for training and for validation, with and without RoPE, and for the
+    return torch.compile(model, fullgraph=True, dynamic=False)      # sizes of last batches; each of a fixed shape
 
 
 def broadcast(tensor, env, shape, dtype):
@@ -679,18 +681,21 @@ def accumulate_gradients(model, inputs, targets, micro, env):
     share = len(inputs) // env.world
     mine = slice(env.rank * share, (env.rank + 1) * share)
     loss = torch.zeros((), device=env.device)
+    # In place of each weight of the blocks stands a copy in the activations' dtype: made once, it collects the micro-batch's gradient
     linears = [m for m in model.transformer.h.modules() if isinstance(m, Linear) and model.dtype != m.weight.dtype]
-    for m in linears:
-        m.cast = m.weight.detach().to(model.dtype).requires_grad_()
-    for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
-        part = model(x, y) / counted
-        part.backward()
-        loss += part.detach()
-        for m in linears:                                   # the sum over the micro-batches is in float32
-            m.weight.grad = m.cast.grad.float() if m.weight.grad is None else m.weight.grad.add_(m.cast.grad)
-            m.cast.grad = None
-    for m in linears:
-        m.cast = None
+    try:
+        for m in linears:
+            m.cast = m.weight.detach().to(model.dtype).requires_grad_()
+        for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
+            part = model(x, y) / counted
+            part.backward()
+            loss += part.detach()
+            for m in linears:                               # the sum over the micro-batches is in float32
+                m.weight.grad = m.cast.grad.float() if m.weight.grad is None else m.weight.grad.add_(m.cast.grad)
+                m.cast.grad = None
+    finally:
+        for m in linears:
+            m.cast = None
     if env.world > 1:
         for p in model.parameters():
             torch.distributed.all_reduce(p.grad)

@@ -39,7 +39,7 @@ def polar_express(G, steps=5):
     for a, b, c in POLAR_EXPRESS[:steps]:
         tall = G.size(-2) > G.size(-1)
         A = X.mT @ X if tall else X @ X.mT                          # (K, cols, cols) or (K, rows, rows)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)                 # bA + cA^2, in the matmul's own pass over memory
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)                 # bA + cA^2, added inside the matmul
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
 
@@ -95,13 +95,15 @@ class MuonAdamW(torch.optim.Optimizer):
     muon: lr, momentum, ns_steps, beta2, weight_decay; state of the group, kept at its first parameter: momentum_buffer
     (K, rows, cols) and second_momentum_buffer (K, rows, 1) or (K, 1, cols). lr is multiplied by sqrt(max(1, rows/cols)).
 
-    compile: torch.compile for Muon's update (of a single process), one graph for each shape.
+    compile: torch.compile for Muon's update (of a single process), one graph for each shape, of which torch allows 8.
 
     All processes hold the whole state and make the same step, given gradients that are already averaged among them."""
 
+    compiled, update_matrices = False, staticmethod(update_matrices)        # also of an optimizer that was copied or unpickled
+
     def __init__(self, groups, compile=False):
-        self.compiled = compile and not dist.is_initialized()       # a graph of one process
-        self.update_matrices = torch.compile(update_matrices, fullgraph=True, dynamic=False) if self.compiled else update_matrices
+        if compile and not dist.is_initialized():
+            self.compiled, self.update_matrices = True, torch.compile(update_matrices, fullgraph=True, dynamic=False)
         for group in groups:
             if group["kind"] not in ("adamw", "muon"):
                 raise ValueError(f"kind {group['kind']!r}: a group is of kind 'adamw' or 'muon'")

@@ -1,5 +1,5 @@
 """The specification, executable: python test_all.py [pytest's options]. CPU only, no network."""
-import base64, json, math, os, re, signal, subprocess, sys, time
+import base64, copy, json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +285,11 @@ def test_one_graph_and_one_more_after_the_switch():
         model.use_rope = use_rope
         torch.testing.assert_close(compiled(ids, ids), model(ids, ids))
         assert len(graphs) == expected
+    model.dtype = torch.bfloat16                            # whose weights are cast once a step
+    for training in (False, True, False, True):
+        with torch.set_grad_enabled(training):
+            M.accumulate_gradients(compiled, ids, ids, 2, CPU) if training else compiled(ids, ids)
+    assert len(graphs) == 4
     torch._dynamo.reset()
 
 
@@ -420,6 +425,10 @@ def test_muon_update_is_one_graph_for_each_shape(monkeypatch):
         for a, b in zip(*(sum((g["params"] for g in o.param_groups), []) for o in optimizers)):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         assert len(graphs) == 2
+    copied = copy.deepcopy(optimizers[1])                   # steps, uncompiled
+    for p in sum((g["params"] for g in copied.param_groups), []):
+        p.grad = torch.ones_like(p)
+    copied.step()
     torch._dynamo.reset()
 
 
