@@ -1,19 +1,23 @@
 """Evaluation: does dropping RoPE help beyond the training length, and what can the chat model do?
 
-    python eval.py d18_9tpp d18_9tpp_drope_50       # tags, or folders of Hugging Face exports; --quick: less, for CPUs
-    python eval.py --table d18_9tpp d20_9tpp ...    # only the table and the figures, of what was evaluated before
+    python eval.py d18_9tpp d18_9tpp_drope_50       # --quick: less of everything, for CPUs
+    python eval.py --table d18_9tpp d20_9tpp        # only table and figures of what is evaluated
+    python eval.py --chat d18_9tpp_drope_50         # talk to an exported model
 
-Takes base_checkpoints/TAG, hf_sft/TAG (export_hf.py) and the validation shard. Base models are tested at 1/4 to 8 x the
-training length: bits per byte of the same last tokens under growing context, needles in a haystack, repeated random spans;
-each as trained and with a logit scale (beta) that is fitted in one way for every model, and RoPE also with its own
-remedies. Chat models answer MMLU, GSM8K and SpellingBee. Gives eval.json and eval/*.jsonl (each example) beside the
-checkpoint, and in the folder eval the table (results.md, .json) and figures. What is finished is kept: the same command
-goes on after an interruption. About 10 minutes a tag on an H100 (an estimate, not measured).
+Base models (base_checkpoints/TAG) are tested in contexts of 1/2 to 8 training lengths: bits per
+byte of the same tokens, and needles, numbers hidden in a text. Each as trained and with
+model.logn_scale, whose c is fitted in one way for all; RoPE also with NTK and YaRN, which need no
+training either. Chat models (hf_sft/TAG) answer MMLU, GSM8K and SpellingBee. Gives eval.json beside
+the checkpoint, a table and figures in the folder eval. What is finished is kept: the same command
+resumes. About 10 minutes a tag on an H100 (estimated).
 
-DroPE's paper (arXiv:2512.12167) has no intervals, no curve of retrieval against the moment of the drop, no RoPE control
-of the same tokens; here they are. Left out: few-shot prompts, sampling, generation by base models (teacher forcing does).
+DroPE's paper (arXiv:2512.12167) has no intervals and no curve of retrieval over the moment of the
+drop; here they are. Left out: few-shot prompts, sampling, text written by base models.
 """
-import ast, hashlib, json, math, operator, random, re, sys, time, warnings
+import signal, sys
+if __name__ == "__main__":                                  # Ctrl-C while Python imports
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
+import ast, json, math, operator, random, re, time, warnings
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,362 +26,270 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (GPT, ROPE_THETA, FetchError, GPTConfig, atomic_write, base_dir, fetch, load_model, load_tokenizer,
-                   newest_checkpoint, parse_config, rotary_tables, setup_env, token_bytes, tokenizer_hash)
+from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_files, checkpoint_steps, fetch,
+                   file_hash, guard, load_model, load_tokenizer, one_line,
+                   parse_config, read_meta, rotary_tables, setup_env, token_bytes, tokenizer_hash)
 
 
 @dataclass
 class Config:
-    quick: bool = False                 # fewer lengths, prompts, documents and questions
-    table: bool = False                 # evaluate nothing, only make the table and the figures of the tags
-    data_dir: str = ""                  # folder of the validation shard; not given: data/climbmix in the base folder
-    tokenizer_dir: str = ""             # folder of the tokenizer; not given: tokenizer in the base folder
-    train_len: int = 4096               # training length of an export (a checkpoint says it itself)
+    quick: bool = False  # fewer contexts, prompts, documents and questions
+    table: bool = False  # evaluate nothing, only make the table and the figures of the tags
+    chat: bool = False  # talk to an exported model; its tag may be said as words: d18 9 50 long
+    data_dir: str = ""  # folder of the validation shard; not given: data/climbmix of all artifacts
+    check: bool = False  # only check the options
 
 
 @dataclass
 class Sizes:
-    multiples: tuple = (0.25, 0.5, 1, 2, 4, 8)      # contexts, in training lengths
-    depths: int = 10                    # places of the needle, from the start of the haystack to its end
-    prompts: int = 16                   # for each length and depth
-    few: int = 4                        # of these, for four needles at once and for RoPE's remedies
-    documents: int = 96
-    fit_documents: int = 24             # others, to fit the logit scale on
-    spans: int = 32                     # repeated random spans for each distance
-    questions: int = 100_000            # of MMLU and of GSM8K: all
-    words: int = 256                    # of SpellingBee
-    new_tokens: int = 512               # of an answer, at most
+    contexts: tuple = (0.5, 1, 2, 4, 8)     # in training lengths
+    prompts: int = 160                      # with a needle, for each context
+    documents: int = 96                     # and a quarter as many to fit c on
+    questions: int = 100_000                # of MMLU and of GSM8K: all
+    words: int = 256                        # of SpellingBee
+    new_tokens: int = 512                   # of an answer, at most
 
 
-QUICK = Sizes((0.5, 1, 2, 4), depths=5, prompts=2, few=1, documents=8, fit_documents=4, spans=4, questions=16, words=16,
-              new_tokens=256)
-SCALES = (0.0, 0.1, 0.2, 0.4, 0.6)      # c of the logit scale
-DISTANCES = (64, 256, 1024, 3072, 7168) # of repeated spans
-REMEDIES = ("pi", "ntk", "yarn")
+QUICK = Sizes((0.5, 1, 2, 4), prompts=10, documents=8, questions=16, words=16, new_tokens=256)
+SCALES = (0.0, 0.1, 0.2, 0.4, 0.6)          # values of c that are tried
 
 
-# ---- Statistics --------------------------------------------------------------------------------------------------
+# ---- Statistics ----------------------------------------------------------------------------------
 
 def wilson(k, n, z=1.96):
-    """[k / n, low, high], a rate with its 95% interval (Wilson 1927): honest near 0 and 1, where the usual one is not."""
-    center, width = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    """[k / n, low, high]: a rate with its 95% interval, honest near 0 and 1, too (Wilson 1927)."""
+    center = (k + z * z / 2) / (n + z * z)
+    width = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     return [k / n, max(0.0, center - width), min(1.0, center + width)]
 
 
 def mcnemar(a, b):
-    """Exact two-sided p of "a and b succeed equally often", outcomes on the same prompts. Only prompts on which they
-    differ tell anything: under the hypothesis each is the toss of a coin."""
-    only_a, only_b = sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
+    """Exact two-sided p of "a and b succeed equally often", outcomes on the same prompts. Only
+    prompts on which they differ tell anything: under the hypothesis each is the toss of a coin."""
+    only_a = sum(x and not y for x, y in zip(a, b))
+    only_b = sum(y and not x for x, y in zip(a, b))
     n = only_a + only_b
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2 ** n)
 
 
-def ratio(x, size):
-    """[sum(x) / sum(size), low, high]: 95% interval by drawing examples anew, 2,000 times (bootstrap). Where x are
-    differences of two measurements of one example, the interval is paired."""
-    i = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
-    return [x.sum() / size.sum(), *np.percentile(x[i].sum(1) / size[i].sum(1), [2.5, 97.5])]
+def bootstrap(x, size):
+    """[sum(x) / sum(size), low, high]: 95% interval by drawing examples anew, 2,000 times. Where x
+    are differences of two measurements of one example, the interval is paired."""
+    drawn = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
+    ratios = x[drawn].sum(1) / size[drawn].sum(1)
+    return [x.sum() / size.sum(), *np.percentile(ratios, [2.5, 97.5])]
 
 
-# ---- The model under test ----------------------------------------------------------------------------------------
+# ---- What a base model is tested with ------------------------------------------------------------
+# The model as trained, with its logits scaled ("fitted"), and with RoPE's remedies: "ntk", "yarn".
+# None of these changes anything up to n_train.
 
-NAMES = (("model.embed_tokens", "transformer.wte"), ("model.layers", "transformer.h"), ("self_attn.q_proj", "attn.c_q"),
-         ("self_attn.k_proj", "attn.c_k"), ("self_attn.v_proj", "attn.c_v"), ("self_attn.o_proj", "attn.c_proj"),
-         ("mlp.gate_proj", "mlp.w_gate"), ("mlp.up_proj", "mlp.w_up"), ("mlp.down_proj", "mlp.c_proj"))
-
-
-def load_export(folder, enc, train_len, dtype):
-    """model.py's GPT from a Hugging Face folder, so that the same code tests it."""
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-    config, probe = json.loads((folder / "config.json").read_text()), "In 1984, naïve  people\n\tpaid $3.50."
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if tokenizer.encode(probe, add_special_tokens=False).ids != enc.encode_ordinary(probe):
-        sys.exit(f"{folder} has another tokenizer than the one here: give the folder of its own by --tokenizer-dir")
-    heads = config["num_attention_heads"]
-    model = GPT(GPTConfig(train_len, config["vocab_size"], config["num_hidden_layers"], heads, heads, config["hidden_size"]),
-                config["use_rope"], dtype)
-    state = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        for theirs, ours in NAMES:
-            name = name.replace(theirs, ours)
-        padding = model.get_parameter(name).size(0) - weight.size(0)        # rows up to a multiple of 64
-        state[name] = F.pad(weight.float(), (0, 0, 0, padding))
-    model.load_state_dict(state)
-    return model
+REMEDIES = ("", "ntk", "yarn")
 
 
-def remedied_tables(T, head_dim, device, remedy, n_train):
-    """model.rotary_tables for contexts of s = T / n_train training lengths, with one of RoPE's own remedies.
-
-    pi (arXiv:2306.15595): all frequencies / s. ntk: a larger theta, by which the slowest frequency is divided by s and the
-    fastest stays. yarn (arXiv:2309.00071): frequencies with less than 1 turn in n_train are divided by s, those with more
-    than 32 stay, a ramp between. (YaRN also scales the logits: our beta. In the tables QK-norm would undo it.)"""
+def remedied_tables(T, head_dim, device, n_train, remedy):
+    """model.rotary_tables for contexts of s = T / n_train > 1 training lengths. ntk ("NTK-aware"
+    scaling): a larger theta; the slowest turn takes s times as many tokens, the fastest stays. yarn
+    (arXiv:2309.00071): frequencies with less than 1 turn in n_train tokens are divided by s, those
+    with more than 32 stay, between them is a ramp. (YaRN's scale of the logits is our c.)"""
     s = T / n_train
-    if s <= 1 or not remedy:
+    if s <= 1:
         return rotary_tables(T, head_dim, device)
     if remedy == "ntk":
-        return rotary_tables(T, head_dim, device, theta=ROPE_THETA * s ** (head_dim / (head_dim - 2)))
-    freqs = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    keep = ((n_train * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1) if remedy == "yarn" else 0.0
-    angles = torch.outer(torch.arange(T, dtype=torch.float32, device=device), freqs * (keep + (1 - keep) / s))
-    return angles.cos(), angles.sin()
+        return rotary_tables(T, head_dim, device, ROPE_THETA * s ** (head_dim / (head_dim - 2)))
+    freqs = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    keep = ((n_train * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+    angles = torch.outer(torch.arange(T, dtype=torch.float32), freqs * (keep + (1 - keep) / s))
+    return angles.cos().to(device), angles.sin().to(device)
 
 
-def scaled_attend(q, k, v, c, n_train):
-    """Attention with logits times beta = max(1, 1 + c ln(n / n_train)), n counting the query's position from 1.
+def set_arm(model, remedy="", c=0.0):
+    model.logn_scale, model.rotary_tables = c, rotary_tables
+    if remedy:
+        n_train = model.config.sequence_len
+        model.rotary_tables = partial(remedied_tables, n_train=n_train, remedy=remedy)
 
-    The more tokens, the less of a softmax can go to the one that matters; sharper logits make up for it. Scaling q does it
-    without a T x T matrix."""
-    n = torch.arange(1, q.size(-2) + 1, device=q.device)
-    beta = (1 + c * (n / n_train).log()).clamp(min=1)       # (T,)
-    return F.scaled_dot_product_attention(q * beta.to(q.dtype)[:, None], k, v, is_causal=True)
-
-
-def set_arm(model, n_train, c=0.0, remedy=""):
-    """Changes what the model computes beyond n_train, nothing up to it; c = 0 without remedy is the model as trained."""
-    model.rotary_tables = partial(remedied_tables, remedy=remedy, n_train=n_train)
-    for block in model.transformer.h:
-        block.attn.attend = partial(scaled_attend, c=c, n_train=n_train)
-
-
-@torch.no_grad()
-def last_logits(model, ids, n):
-    """model(ids)[:, -n:], (B, n, vocab_size), without making the logits of the other positions."""
-    hook = model.transformer.h[-1].register_forward_hook(lambda block, args, x: x[:, -n:])
-    try:
-        return model(ids)
-    finally:
-        hook.remove()
-
-
-def batches(model, rows):
-    """Rows of one length as tensors of at most 32,768 tokens (8,192 on a CPU), but of one row at least."""
-    device = model.lm_head.weight.device
-    size = max(1, (8192 if device.type == "cpu" else 32768) // len(rows[0]))
-    for i in range(0, len(rows), size):
-        yield torch.tensor(rows[i:i + size], device=device)
-
-
-# ---- The texts, the same for all tags ----------------------------------------------------------------------------
 
 class Texts:
-    """The validation shard as tokens: long documents to test on, others to fit on, and a haystack of the rest."""
+    """The validation shard as tokens. The longest documents are tested on; every third of them is
+    kept apart, to fit c on. The others are the haystack."""
 
     def __init__(self, path, enc, sizes):
         import pyarrow as pa, pyarrow.parquet as pq
         try:
-            texts = [text or "" for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
+            texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
         except (pa.ArrowException, OSError) as e:
-            sys.exit(f"{path} cannot be read ({str(e).splitlines()[0]:.100}): delete it and run again, it is fetched anew")
-        self.enc, self.bos, self.nbytes = enc, enc._special_tokens["<|bos|>"], token_bytes(enc)
+            sys.exit(f"{path} cannot be read ({one_line(e)}): delete it and run again")
+        texts = sorted((text or "" for text in texts), key=len, reverse=True)
+        self.enc, self.nbytes = enc, token_bytes(enc).numpy()
+        self.bos = enc.encode_single_token("<|bos|>")
         self.name = f"{tokenizer_hash(enc)} {path.name} {path.stat().st_size}"
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        chosen = order[:min(150, len(order) // 4)]
-        long = sorted((enc.encode_ordinary(texts[i]) for i in chosen), key=len, reverse=True)
-        self.fit = long[2::3][:sizes.fit_documents]         # every third of the longest is fitted on, and never tested on
-        self.documents = [d for i, d in enumerate(long) if i % 3 != 2 or i // 3 >= len(self.fit)][:sizes.documents]
-        rest = "\n\n".join(texts[i] for i in sorted(set(order) - set(chosen)))
-        self.hay = enc.encode_ordinary(rest[:4_000_000])
+        n = min(150, len(texts) // 4)
+        longest = sorted(map(enc.encode_ordinary, texts[:n]), key=len, reverse=True)
+        self.fit = longest[2::3][:sizes.documents // 4]
+        self.documents = [d for d in longest if d not in self.fit][:sizes.documents]
+        rest = random.Random(0).sample(texts[n:], len(texts) - n)
+        self.hay = enc.encode_ordinary("\n\n".join(rest)[:4_000_000])
 
 
-CITIES = ("Amsterdam Athens Bangkok Barcelona Beijing Berlin Boston Brussels Cairo Chicago Copenhagen Dallas Delhi Denver "
-          "Dublin Geneva Helsinki Houston Istanbul Jakarta Lima Lisbon London Madrid Manila Melbourne Miami Milan Moscow "
-          "Munich Nairobi Oslo Paris Prague Rome Seattle Seoul Singapore Stockholm Sydney Tokyo Toronto Vienna Warsaw").split()
+# ---- Bits per byte, and how c is fitted ----------------------------------------------------------
+
+@torch.no_grad()
+def token_nats(model, ids):
+    """The loss of each token of a row but the first, in nats: list of n + 1 ids -> float64 (n,)."""
+    row = torch.tensor([ids], device=model.lm_head.weight.device)
+    return model(row[:, :-1], row[:, 1:], reduction="none")[0].double().cpu().numpy()
 
 
-def make_prompt(texts, L, depth, i, pairs=1):
-    """L + 1 tokens: <|bos|>, text with `pairs` needles in it (the first at `depth`, 0 to 1, the others anywhere), as many
-    questions with their answers. Returns ids, the (start, end) of each answer, how far before the last input each needle
-    begins, and the ids of the prompt without its needles; None where L is too short. Nothing but the arguments decides."""
-    rng, encode = random.Random(f"needle {L} {depth} {i} {pairs}"), texts.enc.encode_ordinary
-    ids, tail, spans, needles = [texts.bos], [], [], []
-    for city, number in zip(rng.sample(CITIES, pairs), rng.sample(range(10_000), pairs)):
-        question, answer = encode(f"\nThe secret number of {city} is "), encode(f"{number:04d}")
-        needles.append(question + answer + encode(".\n"))
-        spans.append((len(tail) + len(question), len(tail) + len(question) + len(answer)))
-        tail += needles[-1]
-    tail = tail[:spans[-1][1]]
-    room = L - len(tail) - sum(map(len, needles))           # tokens of text
+def text_bits(model, texts, contexts):
+    """{context: bits per byte of the last 512 tokens (n_train / 8, if that is less) of documents
+    that long}. A flat curve says that context is ignored, a rising one that it hurts. "change" is
+    against 1 x on the same documents, with a paired interval."""
+    n_train = model.config.sequence_len
+    n, summary, nats = min(512, n_train // 8), {}, {}
+    for m in sorted({1, *contexts}):
+        L = int(m * n_train)
+        documents = [d for d in texts.documents if len(d) >= L]     # the longest, so some of 1 x's
+        nats[m] = np.array([token_nats(model, [texts.bos] + d[-L:])[-n:].sum() for d in documents])
+        if documents and m in contexts:
+            size = np.array([texts.nbytes[d[-n:]].sum() for d in documents]) * math.log(2)
+            change = bootstrap(nats[m] - nats[1][:len(documents)], size) if m >= 1 else None
+            summary[f"{m:g}"] = dict(n=len(documents), bpb=bootstrap(nats[m], size), change=change)
+    return summary
+
+
+def fit_scale(model, texts, contexts, remedy):
+    """The c of SCALES with the lowest loss on all tokens beyond n_train of the documents that are
+    kept for this, each in the longest context that it fills."""
+    n_train, rows, losses = model.config.sequence_len, [], {}
+    for document in texts.fit:
+        filled = [int(m * n_train) for m in contexts if 1 < m <= len(document) / n_train]
+        if filled:
+            rows.append([texts.bos] + document[-max(filled):])
+    for c in SCALES if rows else ():
+        set_arm(model, remedy, c)
+        losses[c] = np.concatenate([token_nats(model, row)[n_train:] for row in rows]).mean()
+    return dict(c=min(losses, key=losses.get, default=0.0), n=len(rows), losses=losses)
+
+
+# ---- Needles -------------------------------------------------------------------------------------
+
+CITIES = "Berlin Boston Cairo Chicago Delhi Lima London Madrid Oslo Paris Rome Tokyo".split()
+
+
+def make_prompt(texts, L, i):
+    """The i-th prompt of L + 1 tokens, the same for all models:
+
+        <|bos|> text ...
+        The secret number of Oslo is 4821.
+        text ...
+        The secret number of Oslo is 4821
+
+    The needle, the second line, stands after 5, 15 ... or 95% of the text. The tokens of the last
+    4821 are the answer. Returns (ids, how many tokens the answer has, how far before the last input
+    the needle's number begins, ids with text in the needle's place); None where L is too short."""
+    rng, encode = random.Random(f"needle {L} {i}"), texts.enc.encode_ordinary
+    question = encode(f"\nThe secret number of {rng.choice(CITIES)} is ")
+    answer = encode(f"{rng.randrange(10_000):04d}")
+    needle = question + answer + encode(".\n")
+    room = L - len(needle) - len(question + answer)         # tokens of text
     if room < L // 4 or len(texts.hay) <= L:
         return None
-    start = rng.randrange(len(texts.hay) - L)
+    start, place = rng.randrange(len(texts.hay) - L), int((i % 10 + 0.5) / 10 * room)
     hay = texts.hay[start:start + L]
-    places = [int(depth * room)] + [rng.randrange(room) for _ in needles[1:]]
-    used, reach = 0, [0] * pairs
-    for place, j in sorted(zip(places, range(pairs))):
-        ids += hay[used:place]
-        reach[j] = L - len(ids)
-        ids += needles[j]
-        used = place
-    ids += hay[used:room] + tail
-    blank = [texts.bos] + hay[:L - len(tail)] + tail
-    return ids, [(L + 1 - len(tail) + a, L + 1 - len(tail) + b) for a, b in spans], reach, blank
-
-
-# ---- Base models: bits per byte, needles, repeated spans -----------------------------------------------------------
-# Each returns (summary {length: figures}, examples).
-
-def bits_per_byte(model, texts, n_train, multiples, most):
-    """The same last tokens (512, or an eighth of n_train) of the same documents under growing context: flat means that it
-    is ignored, rising that it hurts. The longest documents come first, so those of a long context have all shorter ones
-    too. "change" is against 1 x on the same documents."""
-    n, nats, summary, examples = min(512, n_train // 8), {}, {}, []
-    size = np.array([texts.nbytes[torch.tensor(d[-n:])].sum().item() for d in texts.documents]) * math.log(2)
-    for m in sorted({1, *multiples}):
-        L = int(m * n_train)
-        rows = [[texts.bos] + d[-L:] for d in texts.documents[:most] if len(d) >= L]
-        nats[m] = np.array([F.cross_entropy(last_logits(model, ids[:, :-1], n)[0], ids[0, -n:], reduction="sum").item()
-                            for row in rows for ids in batches(model, [row])])
-        examples += [{"context": L, "document": i, "nats": x, "bytes": size[i] / math.log(2)} for i, x in enumerate(nats[m])]
-        if rows and m in multiples:
-            change = ratio(nats[m] - nats[1][:len(rows)], size[:len(rows)]) if m > 1 else None
-            summary[f"{m:g}"] = dict(n=len(rows), targets=n, bpb=ratio(nats[m], size[:len(rows)]), change=change)
-    return summary, examples
+    ids = [texts.bos] + hay[:place] + needle + hay[place:room] + question + answer
+    blank = [texts.bos] + hay[:room + len(needle)] + question + answer
+    return ids, len(answer), L - 1 - place - len(question), blank
 
 
 @torch.no_grad()
-def fit_scale(model, texts, n_train, multiples, remedy=""):
-    """The c of SCALES with the lowest loss on all tokens beyond n_train of the documents kept for this, each at the longest
-    context that it reaches."""
-    longest = [max((int(m * n_train) for m in multiples if 1 < m <= len(d) / n_train), default=0) for d in texts.fit]
-    rows = [[texts.bos] + d[-L:] for d, L in zip(texts.fit, longest) if L]
-    losses, examples = {}, []
-    for c in SCALES if rows else ():
-        set_arm(model, n_train, c, remedy)
-        for i, row in enumerate(rows):
-            [ids] = batches(model, [row])
-            nats = model(ids[:, :-1], ids[:, 1:], reduction="none")[0, n_train:].sum().item()
-            examples.append({"c": c, "document": i, "context": len(row) - 1, "nats": nats})
-        losses[c] = sum(e["nats"] for e in examples[-len(rows):]) / sum(len(row) - 1 - n_train for row in rows)
-    return {"c": min(losses, key=losses.get, default=0.0), "n": len(rows), "losses": losses}, examples
+def answers(model, rows):
+    """For each row (ids, n): whether each of its last n ids is the likeliest after the right ones
+    before it, and their loss in nats. Where all are, greedy decoding would have written them; so
+    nothing has to be generated ("teacher forcing")."""
+    device = model.lm_head.weight.device
+    for ids, n in rows:
+        row = torch.tensor([ids], device=device)
+        logits, targets = model(row[:, :-1])[0, -n:], row[0, -n:]       # (n, vocab_size), (n,)
+        right = (logits.argmax(-1) == targets).all().item()
+        yield right, F.cross_entropy(logits, targets, reduction="sum").item()
 
 
-def answers(model, texts, prompts):
-    """For each (ids, spans, ...) of one length, for each of its answers: (is every token the argmax, nats, right digits).
-    Where every token is the argmax after the right tokens before it, greedy decoding would have written just this answer."""
-    for batch in batches(model, [p[0] for p in prompts]):
-        rows, prompts = prompts[:len(batch)], prompts[len(batch):]
-        first = min(spans[0][0] for _, spans, *_ in rows)
-        logits = last_logits(model, batch[:, :-1], batch.size(1) - first)           # (B, tail, vocab_size)
-        nats = F.cross_entropy(logits.transpose(1, 2), batch[:, first:], reduction="none").tolist()
-        for (ids, spans, *_), x, best in zip(rows, nats, logits.argmax(-1).tolist()):
-            result = []
-            for a, b in spans:
-                guess = best[a - first:b - first]
-                text = [(texts.enc.decode([t]), texts.enc.decode([g])) for t, g in zip(ids[a:b], guess)]
-                digits = sum(s == u for t, g in text for s, u in zip(t, g))
-                result.append((ids[a:b] == guess, sum(x[a - first:b - first]), digits))
-            yield result
-
-
-def needle(model, texts, n_train, multiples, sizes, prompts, pairs=1):
-    """Needles in a haystack by teacher forcing, `prompts` for each length and depth. Of four pairs (as in RULER,
-    arXiv:2404.06654) the first answer makes "multi-key", all four together "multi-query"."""
-    summary, examples = {}, []
-    cells = [((d + 0.5) / sizes.depths, i) for d in range(sizes.depths) for i in range(prompts)]
-    for m in multiples:
-        made = [make_prompt(texts, int(m * n_train), depth, i, pairs) for depth, i in cells]
+def needles(model, texts, contexts, prompts):
+    """{context: how many needles are found}. "ceiling": what a model could find at best that sees
+    only the last n_train tokens. "gain": what an answer costs more without its needle, in nats per
+    digit, of 20 prompts; it shows what is learnt before any is found."""
+    n_train, summary = model.config.sequence_len, {}
+    for m in contexts:
+        made = [make_prompt(texts, int(m * n_train), i) for i in range(prompts)]
         if None in made:
             continue
-        new = []
-        for (depth, i), (_, _, reach, _), got in zip(cells, made, answers(model, texts, made)):
-            exact, nats, digits = zip(*got)
-            new.append(dict(length=m, depth=depth, i=i, reach=reach, exact=exact, nats=nats, digits=digits))
-        some = slice(None, None, max(1, len(new) // 20))    # what would these answers cost without their needles?
-        for example, [(_, nats, _), *_] in zip(new[some], answers(model, texts, [(p[3], p[1]) for p in made[some]])):
-            example["nats_without"] = nats
-        gain = np.array([e["nats_without"] - e["nats"][0] for e in new[some]])
-        n = len(new)
+        every = max(1, prompts // 20)
+        found, nats = zip(*answers(model, [(ids, n) for ids, n, _, _ in made]))
+        _, without = zip(*answers(model, [(blank, n) for _, n, _, blank in made[::every]]))
+        gain = np.subtract(without, nats[::every])
         summary[f"{m:g}"] = dict(
-            n=n, rate=wilson(sum(e["exact"][0] for e in new), n), all=wilson(sum(all(e["exact"]) for e in new), n),
-            nats=sum(e["nats"][0] for e in new) / n / 4, gain=ratio(gain, 0 * gain + 4),        # per digit
-            digits=sum(e["digits"][0] for e in new) / n / 4,
-            # what a perfect model could find that sees the last n_train tokens only
-            ceiling=np.mean([e["reach"][0] <= n_train for e in new]),
-            ceiling_all=np.mean([max(e["reach"]) <= n_train for e in new]))
-        examples += new
-    return summary, examples
+            n=prompts, rate=wilson(sum(found), prompts), found=found, nats=np.mean(nats) / 4,
+            gain=bootstrap(gain, np.full(len(gain), 4)),
+            ceiling=np.mean([reach <= n_train for _, _, reach, _ in made]))
+    return summary
 
 
-def induction(model, texts, distances, spans):
-    """32 random tokens and the same again at a distance, with text before and between: how many of them are foreseen?"""
-    ordinary, summary, examples, size = texts.nbytes.nonzero().flatten().tolist(), {}, [], 32
-    for distance in (d for d in distances if d < len(texts.hay)):
-        rows = []
-        for i in range(spans):
-            rng = random.Random(f"induction {distance} {i}")
-            span, start = rng.choices(ordinary, k=size), rng.randrange(len(texts.hay) - distance)
-            hay = texts.hay[start:start + distance]
-            rows.append([texts.bos] + hay[:size] + span + hay[size:] + span)
-        new = []
-        for batch in batches(model, rows):
-            logits, targets = last_logits(model, batch[:, :-1], size - 1), batch[:, 1 - size:]  # nobody knows the first
-            nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
-            right = (logits.argmax(-1) == targets).float().mean(1)
-            new += [{"distance": distance, "right": r, "nats": x} for r, x in zip(right.tolist(), nats.tolist())]
-        right = np.array([e["right"] for e in new])
-        summary[str(distance)] = dict(n=len(new), rate=ratio(right, 0 * right + 1), nats=np.mean([e["nats"] for e in new]))
-        examples += new
-    return summary, examples
+# ---- Chat models, through their export -----------------------------------------------------------
 
-
-# ---- Chat models: answers through the export -------------------------------------------------------------------------
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
              ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
+def number(node):
+    """The value of a parsed expression of numbers and OPERATORS."""
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](number(node.left), number(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return OPERATORS[type(node.op)](number(node.operand))
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    raise ValueError("not a number")
+
+
 def calculator(call):
-    """The python tool: the result of arithmetic or of 'word'.count('x') as text, None for all else. A model wrote the call,
-    so it is parsed and worked out here, never run. Its length, its numbers and their powers are bounded."""
-    def number(node):
-        if isinstance(node, ast.BinOp):
-            a, b = number(node.left), number(node.right)
-            if isinstance(node.op, ast.Pow) and (abs(a) > 1e6 or abs(b) > 64):
-                raise ValueError("too large a power")
-            value = OPERATORS[type(node.op)](a, b)
-        elif isinstance(node, ast.UnaryOp):
-            value = OPERATORS[type(node.op)](number(node.operand))
-        else:
-            value = node.value if isinstance(node, ast.Constant) else None
-        if type(value) not in (int, float) or not abs(value) < 1e15:
-            raise ValueError("not a number, or too large a one")
-        return value
+    """The python tool: the result of arithmetic or of 'word'.count('x') as text, None for all else.
+    A model wrote the call, so it is parsed and worked out here, never run."""
     try:
-        if len(call) > 200:
-            return None
         with warnings.catch_warnings():                     # Python has opinions on "1is 1"
             warnings.simplefilter("ignore")
-            node = ast.parse(call.strip(), mode="eval").body
+            node = ast.parse(call.strip()[:200], mode="eval").body
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(word)), attr="count"),
                           args=[ast.Constant(value=str(part))], keywords=[]):
                 return str(word.count(part))
         value = number(node)
-        return str(int(value)) if value == int(value) else str(round(value, 10))
-    except (SyntaxError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError, MemoryError):
-        return None
+        if abs(value) < 1e15:                               # neither infinite nor nan
+            return str(int(value)) if value == int(value) else str(round(value, 10))
+    except (SyntaxError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError,
+            MemoryError):
+        pass
+    return None
 
 
 class PythonTool:
-    """A logits processor: after a finished call its row goes on with <|output_start|>, the result, <|output_end|>."""
+    """A logits processor: a call is followed by <|output_start|> its result <|output_end|>, as in
+    fine-tuning."""
 
     def __init__(self, tokenizer, rows):
         self.tokenizer, self.waiting = tokenizer, [[] for _ in range(rows)]
         names = ["<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
         self.start, self.end, self.output, self.output_end = tokenizer.convert_tokens_to_ids(names)
 
-    def __call__(self, input_ids, scores):
-        for row, last in enumerate(input_ids[:, -1].tolist()):
-            if last == self.end:
-                ids = input_ids[row, :-1].tolist()
-                begin = max((i for i, t in enumerate(ids) if t == self.start), default=len(ids))
-                result = calculator(self.tokenizer.decode(ids[begin + 1:]))
+    def __call__(self, input_ids, scores):                  # (B, tokens so far), (B, vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            if ids[-1] == self.end and self.start in ids:
+                call = ids[len(ids) - ids[::-1].index(self.start):-1]
+                result = calculator(self.tokenizer.decode(call))
                 if result is not None:
-                    result = self.tokenizer.encode(result, add_special_tokens=False)
-                    self.waiting[row] = [self.output, *result, self.output_end]
+                    digits = self.tokenizer.encode(result, add_special_tokens=False)
+                    self.waiting[row] = [self.output, *digits, self.output_end]
             if self.waiting[row]:
                 scores[row] = -torch.inf
                 scores[row, self.waiting[row].pop(0)] = 0.0
@@ -385,406 +297,476 @@ class PythonTool:
 
 
 class Chat:
-    """An exported chat model and its tokenizer. A conversation is a question and its right answer."""
+    """An exported chat model and its tokenizer."""
 
     def __init__(self, folder, env):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils.logging import disable_progress_bar
-        disable_progress_bar()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=env.dtype)
+        from transformers.utils import logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            self.model, report = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=True, dtype=env.dtype, output_loading_info=True)
+            problem = " ".join(report["missing_keys"])[:80]
+        except Exception as e:                              # damage has many shapes
+            problem = one_line(e)
+        if problem:
+            sys.exit(f"{folder} is damaged ({problem}): delete it and make it again with `python "
+                     f"export_hf.py --tag {folder.name}`")
         self.model.to(env.device).eval()
         self.stop = self.tokenizer.convert_tokens_to_ids("<|assistant_end|>")
-        self.rows = 256 if env.device.type == "cuda" else 16
+        self.at_once = 256 if env.device.type == "cuda" else 16
+        if env.device.type == "cuda":       # cuDNN's attention plans anew for each length
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
-    def batches(self, conversations, size):
-        """Yields (conversations, {input_ids, attention_mask} of their questions), of like length, padded on the left."""
-        template = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=True)
-        rows = [template(c[:1])["input_ids"] for c in conversations]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for some in (order[i:i + size] for i in range(0, len(order), size)):
-            T = max(len(rows[i]) for i in some)
-            ids = torch.tensor([[self.stop] * (T - len(rows[i])) + rows[i] for i in some], device=self.model.device)
-            mask = torch.tensor([[0] * (T - len(rows[i])) + [1] * len(rows[i]) for i in some], device=self.model.device)
-            yield [conversations[i] for i in some], dict(input_ids=ids, attention_mask=mask)
+    def inputs(self, texts):
+        """ids and attention mask of questions, (B, T), padded on the left."""
+        conversations = [[{"role": "user", "content": text}] for text in texts]
+        return self.tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt", padding=True).to(self.model.device)
 
-    @torch.no_grad()
-    def choose(self, conversations):
-        """Multiple choice by likelihood: of the letters that the question offers, the likeliest as first token."""
-        examples = []
-        for some, inputs in self.batches(conversations, min(self.rows, 64)):
-            logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]   # (B, vocab_size)
-            for (question, answer), row in zip(some, logits):
-                letters = re.findall(r"=([A-H])$", question["content"], re.M)
-                best = row[[self.tokenizer.encode(x, add_special_tokens=False)[0] for x in letters]].argmax().item()
-                examples.append({"question": question["content"], "expected": answer["content"], "answer": letters[best],
-                                 "right": letters[best] == answer["content"]})
-        return {"n": len(examples), "rate": wilson(sum(e["right"] for e in examples), len(examples))}, examples
-
-    @torch.no_grad()
-    def answer(self, conversations, new_tokens):
-        """Greedy answers with the tool at hand; right is the right number after ####."""
+    def generate(self, inputs, new_tokens, streamer=None):
+        """Greedy answers with the tool at hand: the new ids of each row."""
         from transformers import LogitsProcessorList
+        B, T = inputs["input_ids"].shape
+        tool = LogitsProcessorList([PythonTool(self.tokenizer, B)])
+        ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False,
+                                  logits_processor=tool, streamer=streamer,
+                                  eos_token_id=self.stop, pad_token_id=self.stop)
+        return ids[:, T:].tolist()
+
+    @torch.no_grad()
+    def choose(self, questions):
+        """Of the letters that each question offers, the one that is likeliest as first token."""
+        logits = self.model(**self.inputs(questions), logits_to_keep=1).logits[:, -1]   # (B, V)
+        chosen = []
+        for question, row in zip(questions, logits):
+            letters = re.findall(r"=([A-H])$", question, re.M)
+            ids = [self.tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
+            chosen.append(letters[row[ids].argmax().item()])
+        return chosen
+
+    def ask(self, conversations, new_tokens):
+        """Asks questions whose right answers are known, those of like length together. new_tokens:
+        of an answer in words, at most; 0 to choose a letter."""
+        conversations = sorted(conversations, key=lambda pair: len(pair[0]["content"]))
         examples = []
-        for some, inputs in self.batches(conversations, self.rows):
-            tool = LogitsProcessorList([PythonTool(self.tokenizer, len(some))])
-            out = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, logits_processor=tool,
-                                      eos_token_id=self.stop, pad_token_id=self.stop)
-            for (question, answer), ids in zip(some, out[:, inputs["input_ids"].size(1):].tolist()):
-                stopped, expected = self.stop in ids, final_number(answer["content"])
-                text = self.tokenizer.decode(ids[:ids.index(self.stop)] if stopped else ids)
-                examples.append({"question": question["content"], "expected": expected, "answer": text,
-                                 "right": final_number(text) == expected, "stopped": stopped})
+        for i in range(0, len(conversations), self.at_once):
+            some = conversations[i:i + self.at_once]
+            questions = [question["content"] for question, _ in some]
+            if new_tokens:
+                rows = self.generate(self.inputs(questions), new_tokens)
+                given = [self.tokenizer.decode(ids).partition("<|assistant_end|>") for ids in rows]
+            else:
+                given = [(letter, "", "") for letter in self.choose(questions)]
+            for (_, right), question, (text, end, _) in zip(some, questions, given):
+                expected = final_answer(right["content"])
+                examples.append(dict(question=question, expected=expected, answer=text,
+                                     right=final_answer(text) == expected, stops=bool(end)))
         n = len(examples)
-        return {"n": n, "rate": wilson(sum(e["right"] for e in examples), n),
-                "stops": wilson(sum(e["stopped"] for e in examples), n)}, examples
+        return dict(n=n, rate=wilson(sum(e["right"] for e in examples), n),
+                    stops=wilson(sum(e["stops"] for e in examples), n), examples=examples)
 
 
-def final_number(content):
-    """The number after the last #### of an answer (text, or a list of parts), without its commas; or None."""
-    numbers = re.findall(r"#### *(-?[\d.,]*\d)", content if isinstance(content, str) else content[-1]["text"])
-    return numbers[-1].replace(",", "") if numbers else None
+def final_answer(content):
+    """The number after the last #### of an answer (text, or a list of parts), without commas; a
+    single letter as it is; else None."""
+    text = content if isinstance(content, str) else content[-1]["text"]
+    found = re.findall(r"#### *(-?[\d.,]*\d)|^([A-H])$", text)
+    return "".join(found[-1]).replace(",", "") if found else None
 
 
-# ---- One tag after the other --------------------------------------------------------------------------------------
+def talk(tag, env):
+    """A conversation in the terminal, kept as ids, so that calls and outputs stay what they are."""
+    folders = [base / "hf_sft" / tag for base in (base_dir(), base_dir() / "tiny")]
+    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
+    if folder is None:
+        sys.exit(f"no export in {folders[0]}: `python export_hf.py --tag {tag}` makes it")
+    from transformers import TextStreamer
 
-def eval_json(quick):
-    return "eval_quick.json" if quick else "eval.json"
+    class Printer(TextStreamer):                            # prints words as they are generated
+        def on_finalized_text(self, text, stream_end=False):
+            super().on_finalized_text(text.replace("<|assistant_end|>", ""), stream_end)
+
+    chat, ids = Chat(folder, env), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    print(f"{folder} on {env.device}. Ctrl-C stops an answer, /clear begins anew, Ctrl-D ends.")
+    while True:
+        try:
+            text = input("> ").strip()
+            if text == "/clear":
+                ids = []
+            elif "\ufffd" in text:
+                print("that is not UTF-8: say it again")
+            elif text:
+                turn = chat.inputs([text])["input_ids"][:, 1 if ids else 0:]    # <|bos|> comes once
+                row = torch.cat((torch.tensor([ids], device=turn.device).long(), turn), 1)  # (1, T)
+                inputs = dict(input_ids=row, attention_mask=torch.ones_like(row))
+                printer = Printer(chat.tokenizer, skip_prompt=True)
+                ids = row[0].tolist() + chat.generate(inputs, 512, printer)[0]
+        except KeyboardInterrupt:                           # question and answer are forgotten
+            print()
+        except EOFError:
+            return print()
 
 
-def read_json(path):
+# ---- One tag after the other ---------------------------------------------------------------------
+
+def places(tag):
+    """The folders of a tag: base checkpoints, chat checkpoints, export. A _long tag is another
+    fine-tuning of the base model without _long."""
+    return [base_dir() / "base_checkpoints" / tag.removesuffix("_long"),
+            base_dir() / "chatsft_checkpoints" / tag, base_dir() / "hf_sft" / tag]
+
+
+def read_lines(path):
+    """The records of a .jsonl file; none where there is no file."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
+        return [json.loads(line) for line in path.open()] if path.exists() else []
     except ValueError as e:
-        sys.exit(f"{path} is damaged ({e}): delete it and run eval.py again")
-
-
-def read_examples(folder, section):
-    return [json.loads(line) for line in (folder / f"{section.replace(' ', '_')}.jsonl").read_text().splitlines()]
+        sys.exit(f"{path} is damaged ({one_line(e)}): delete it, to go on without it")
 
 
 class Results:
-    """eval.json beside a checkpoint: its finished sections. `key` says of what; for another key all is done again."""
+    """eval.json beside a checkpoint: the sections that are finished, and of what they are. If that
+    is another checkpoint, or other texts, all is done again."""
 
-    def __init__(self, folder, key, quick):
-        self.path = folder / eval_json(quick)
-        self.examples, self.data = folder / self.path.stem, read_json(self.path)
-        if self.data.get("key") != key:
-            if self.data:
-                print(f"  {self.path} is of another checkpoint, other texts or another form of this evaluation: done again")
-            self.data = {"key": key, "sections": {}}
+    def __init__(self, folder, quick, key=None):
+        self.path = folder / ("eval_quick.json" if quick else "eval.json")
+        try:
+            data = json.loads(self.path.read_text()) if self.path.exists() else {}
+            self.key, self.sections = data.get("key", key), data.get("sections", {})
+        except (ValueError, AttributeError) as e:
+            sys.exit(f"{self.path} is damaged ({one_line(e)}): delete it and run again")
+        if key and self.key != key:
+            print(f"  {self.path} is of another checkpoint, text or size: done again")
+            self.key, self.sections = key, {}
 
-    def section(self, name, make):
-        """The section's summary; make() -> (summary, examples) is called only where it is not there yet."""
-        if name not in self.data["sections"]:
+    def section(self, name, test, *args):
+        """test(*args), unless it is there already."""
+        if name not in self.sections:
             start = time.time()
-            summary, examples = make()
-            lines = "".join(json.dumps(e, default=float) + "\n" for e in examples)
-            atomic_write(self.examples / f"{name.replace(' ', '_')}.jsonl", lines)
-            self.data["sections"][name] = json.loads(json.dumps(summary, default=float))    # as it will be read
-            atomic_write(self.path, json.dumps(self.data, indent=1))
+            self.sections[name] = json.loads(json.dumps(test(*args), default=float))
+            data = dict(key=self.key, sections=self.sections)
+            atomic_write(self.path, json.dumps(data, indent=1))
             print(f"  {name}: {time.time() - start:.0f} s", flush=True)
-        return self.data["sections"][name]
+        return self.sections[name]
 
 
-def places(tag):
-    """{"base": (what is tested, where its eval.json goes), "chat": ...} of a tag or of a Hugging Face folder. The base model
-    of a _long tag is that of the tag without it."""
-    if (Path(tag) / "config.json").exists():
-        return {"chat" if (Path(tag) / "chat_template.jinja").exists() else "base": (Path(tag), Path(tag))}
-    base = base_dir() / "base_checkpoints" / tag.removesuffix("_long")
-    return {"base": (base, base), "chat": (base_dir() / "hf_sft" / tag, base_dir() / "chatsft_checkpoints" / tag)}
-
-
-def evaluate_base(folder, out, cfg, sizes, env):
-    enc = load_tokenizer(cfg.tokenizer_dir or base_dir() / "tokenizer")
-    if (folder / "config.json").exists():
-        model, n_train = load_export(folder, enc, cfg.train_len, env.dtype), cfg.train_len
-        step, weights = None, "model.safetensors"
-    else:
-        step = newest_checkpoint(folder)
-        model, meta = load_model(folder, step, dtype=env.dtype)
-        n_train, weights = meta["max_seq_len"], f"model_{step:06d}.pt"
-    if enc.n_vocab != model.config.vocab_size:
-        sys.exit(f"{folder} has {model.config.vocab_size} token ids, the tokenizer {enc.n_vocab}: "
-                 "give the folder of the right one by --tokenizer-dir")
-    model.to(env.device, env.dtype).eval()                  # cast once, not in each forward pass
-    shard = Path(cfg.data_dir or base_dir() / "data" / "climbmix") / "shard_06542.parquet"
-    texts = Texts(fetch("karpathy/climbmix-400b-shuffle", shard.name, shard, patience=60), enc, sizes)
-    key = dict(step=step, sha256=hashlib.sha256((folder / weights).read_bytes()).hexdigest(), use_rope=model.use_rope,
+def evaluate_base(folder, cfg, sizes, env):
+    """Tests all arms of a base model."""
+    enc = load_tokenizer(base_dir() / "tokenizer")
+    model, meta = load_model(folder, device=env.device, dtype=env.dtype)
+    n_train, trained_with = model.config.sequence_len, meta.get("tokenizer", tokenizer_hash(enc))
+    if trained_with != tokenizer_hash(enc) or enc.n_vocab != model.config.vocab_size:
+        sys.exit(f"{folder} was not trained with the tokenizer in {base_dir() / 'tokenizer'}: put "
+                 "the one of that run there")
+    name = "shard_06542.parquet"
+    shard = Path(cfg.data_dir or base_dir() / "data" / "climbmix") / name
+    texts = Texts(fetch("karpathy/climbmix-400b-shuffle", name, shard, patience=60), enc, sizes)
+    if not texts.documents or len(texts.documents[0]) < n_train:
+        sys.exit(f"{shard} has no document of {n_train} tokens to test on: delete it and run again")
+    weights = checkpoint_files(folder, meta["step"])["model"]
+    key = dict(step=meta["step"], sha256=file_hash(weights), use_rope=model.use_rope,
                n_train=n_train, texts=texts.name, sizes=str(sizes))
-    results = Results(out, key, cfg.quick)
-    print(f"  step {step}, RoPE {'on' if model.use_rope else 'off'}, trained at {n_train:,}; "
-          f"{len(texts.documents)} documents to test on, {len(texts.fit)} to fit on", flush=True)
-
-    def section(kind, arm, beta, test, lengths):
-        """A test of a variant of the model. Up to 1 x each is the model as trained, and so is beta with c = 0."""
-        def make():
-            if beta and c == 0:
-                return results.data["sections"][f"{kind} {arm}"], read_examples(results.examples, f"{kind} {arm}")
-            set_arm(model, n_train, c if beta else 0.0, remedy)
-            if arm + beta == "plain":
-                return test(lengths)
-            summary, examples = test([m for m in lengths if m > 1])
-            plain = results.data["sections"][f"{kind} plain"]
-            return {**{m: plain[m] for m in plain if float(m) <= 1}, **summary}, examples
-        results.section(f"{kind} {arm}{beta}", make)
-
-    lengths = sizes.multiples
-    distances = [d for d in DISTANCES if d + 65 < max(lengths) * n_train]
-    for remedy in ("", *REMEDIES) if model.use_rope else ("",):
-        arm = remedy or "plain"
-        documents, prompts = (sizes.fit_documents, sizes.few) if remedy else (sizes.documents, sizes.prompts)
-        c = results.section(f"scale {arm}", lambda: fit_scale(model, texts, n_train, lengths, remedy))["c"]
-        for beta in ("", " beta"):
-            section("bpb", arm, beta, lambda some: bits_per_byte(model, texts, n_train, some, documents), lengths)
-            section("needle", arm, beta, lambda some: needle(model, texts, n_train, some, sizes, prompts), lengths)
-            if not remedy:
-                section("multi", arm, beta, lambda some: needle(model, texts, n_train, some, sizes, sizes.few, 4), lengths)
-                section("repeat", arm, beta, lambda some: induction(model, texts, some, sizes.spans), distances)
+    results, beyond = Results(folder, cfg.quick, key), [m for m in sizes.contexts if m > 1]
+    for remedy in REMEDIES if model.use_rope else ("",):
+        scale = results.section(join("scale", remedy), fit_scale, model, texts, beyond, remedy)
+        for c in sorted({0.0, scale["c"]}):
+            set_arm(model, remedy, c)
+            arm = join(remedy, "fitted" if c else "")
+            contexts = beyond if arm else sizes.contexts    # up to 1 x all arms are the same
+            results.section(join("bpb", arm), text_bits, model, texts, contexts)
+            results.section(join("needle", arm), needles, model, texts, contexts, sizes.prompts)
 
 
-def evaluate_chat(folder, out, cfg, sizes, env):
-    if not (out / "questions.jsonl").exists():
-        print(f"  no {out / 'questions.jsonl'} to ask from, which sft.py leaves beside its checkpoint: skipped", file=sys.stderr)
+def join(*words):
+    return " ".join(word for word in words if word)
+
+
+def evaluate_chat(folder, export, cfg, sizes, env):
+    """Asks the questions that sft.py left beside its checkpoint."""
+    questions = {"mmlu": [], "gsm8k": [], "spellingbee": []}
+    for record in read_lines(folder / "questions.jsonl"):
+        questions[record["source"]].append(record["messages"])
+    if not any(questions.values()):
+        print(f"  no questions in {folder / 'questions.jsonl'}: skipped", file=sys.stderr)
         return
-    questions = {}
-    for line in (out / "questions.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        questions.setdefault(record["source"], []).append(record["messages"])
-    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    results, chat = Results(out, dict(sha256=sha256, sizes=str(sizes)), cfg.quick), None
-    for name, source, most in (("mmlu", "mmlu", sizes.questions), ("gsm8k", "gsm8k", sizes.questions), ("bee", "spellingbee", sizes.words)):
-        n = len(questions.get(source, []))
-        if n and name not in results.data["sections"]:
-            some = [questions[source][i] for i in sorted(random.Random(42).sample(range(n), min(n, most)))]
-            chat = chat or Chat(folder, env)
-            results.section(name, lambda: chat.choose(some) if name == "mmlu" else chat.answer(some, sizes.new_tokens))
+    chat = Chat(export, env)
+    key = dict(sha256=file_hash(export / "model.safetensors"), sizes=str(sizes))
+    results = Results(folder, cfg.quick, key)
+    for source, some in questions.items():
+        most = min(len(some), sizes.words if source == "spellingbee" else sizes.questions)
+        chosen = random.Random(42).sample(some, most)
+        new_tokens = 0 if source == "mmlu" else sizes.new_tokens
+        if chosen:
+            results.section(source, chat.ask, chosen, new_tokens)
 
 
-# ---- The table ---------------------------------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------
 
-def gather(tags, quick):
-    """{tag: {sections, base: the key of the base model's results, examples: their folder}}; empty where nothing was run."""
-    found = {tag: {"sections": {}, "base": {}} for tag in tags}
+NOTES = f"""
+1x is the training length; [95% intervals]: Wilson for rates, else bootstrap. c: attention logits
+are multiplied by max(1, 1 + c ln(n / n_train)); "fitted" is the c of {SCALES} that
+is best for other documents, by the same sweep for all. Needles are 4-digit numbers (guessing
+.0001). Gain: what an answer costs more without its needle, at 1x, in nats per digit. Ceiling: what
+cropping to 1x could find at best. NTK: RoPE with NTK and fitted c on the same prompts (McNemar's
+test, 5%). Bits per byte beyond 1x: the change from 1x on the same documents. MMLU: guessing .25.
+Stops: answers to SpellingBee that end by themselves.
+"""
+
+
+def arms_of(sections):
+    """{arm: {"c": c, "needle": {context: summary}, "bpb": the same}} of a base model. Up to 1 x
+    each arm is the model as trained; where c = 0, "fitted" is what it was fitted for."""
+    arms = {}
+    for remedy in REMEDIES:
+        c = sections.get(join("scale", remedy), {}).get("c")
+        for fitted in ("", "fitted") if c is not None else ():
+            arm = arms[join(remedy, fitted)] = {"c": c if fitted else 0.0}
+            for kind in ("needle", "bpb"):
+                tested = sections.get(join(kind, remedy, fitted if c else ""), {})
+                arm[kind] = {**sections.get(kind, {}), **tested} if tested else {}
+    return arms
+
+
+def beats(mine, twin, far):
+    """Whether a model without RoPE, c fitted, finds more needles than cropping could at best, and
+    more than its twin with RoPE, NTK and fitted c."""
+    got = mine["arms"]["fitted"]["needle"].get(far)
+    if mine["key"]["use_rope"] or not got:
+        return "-"
+    ceiling = "yes" if got["rate"][1] > got["ceiling"] else "no"
+    same = all(mine["key"][k] == twin["key"][k] for k in ("texts", "n_train", "sizes"))
+    theirs = twin["arms"].get("ntk fitted", {"needle": {}})["needle"].get(far)
+    if not same or not theirs:
+        return f"{ceiling} / -"
+    p = mcnemar(got["found"], theirs["found"])
+    better = "yes" if p < 0.05 and got["rate"][0] > theirs["rate"][0] else "no"
+    return f"{ceiling} / {better}, p = {p:.2g}"
+
+
+def cell(summary, value, form="{:.2f}"):
+    numbers = summary.get(value) if summary else None
+    return "{} [{}, {}]".format(*map(form.format, numbers)) if numbers else "-"
+
+
+def markdown(title, head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    table = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    return f"\n## {title}\n\n{table}" if rows else ""
+
+
+def make_tables(base, chat, contexts):
+    """Markdown. base: {tag: {"key", "arms"}}; chat: {tag: sections}."""
+    names = [f"{m:g}" for m in contexts]
+    needle, text, answered = [], [], []
+    for tag, result in base.items():
+        twin = base.get(re.sub(r"_drope_\d+", "", tag), result)
+        for name, arm in result["arms"].items():
+            start = [tag, name or "as trained", arm["c"]]
+            rates = [cell(arm["needle"].get(m), "rate") for m in names]
+            gain = cell(arm["needle"].get("1"), "gain")
+            better = beats(result, twin, names[-1]) if name == "fitted" else "-"
+            needle.append([*start, gain, *rates, better])
+            bits = [cell(arm["bpb"].get(m), "bpb", "{:.3f}") for m in names if float(m) <= 1]
+            more = [cell(arm["bpb"].get(m), "change", "{:+.3f}") for m in names if float(m) > 1]
+            text.append([*start, *bits, *more])
+    for tag, sections in chat.items():
+        mmlu, gsm8k, bee = (sections.get(name) for name in ("mmlu", "gsm8k", "spellingbee"))
+        answered.append([tag, *(cell(x, "rate") for x in (mmlu, gsm8k, bee)), cell(bee, "stops")])
+    head, lengths = ["tag", "arm", "c"], [f"{name}x" for name in names]
+    last = f"{lengths[-1]}: beats the ceiling / NTK"
+    return (f"# Results\n{NOTES}"
+            + markdown("Needles found", [*head, "gain", *lengths, last], needle)
+            + markdown("Bits per byte", [*head, *lengths], text)
+            + markdown("Chat", ["tag", "MMLU", "GSM8K", "SpellingBee", "stops"], answered))
+
+
+# ---- The figures: at most five lines in a panel --------------------------------------------------
+
+LOOKS = [dict(color="#d55e00", marker="o", ms=4), dict(color="#cc79a7", marker="s", ms=4, ls="--"),
+         dict(color="#0072b2", marker="D", ms=4), dict(color="#56b4e9", marker="^", ms=4),
+         dict(color="#009e73", marker="v", ms=4)]           # RoPE, RoPE + NTK, three of DroPE
+
+
+def families(tags):
+    """{tag without drope: [(tag, percent of the steps with RoPE, label, look), ...]}: RoPE first,
+    and at most three others."""
+    found = {}
     for tag in tags:
-        for kind, (_, out) in places(tag).items():
-            data = read_json(out / eval_json(quick))
-            found[tag]["sections"].update(data.get("sections", {}))
-            if kind == "base" and data:
-                found[tag].update(base=data["key"], examples=out / Path(eval_json(quick)).stem)
+        family, percent = re.fullmatch(r"(.*?)(?:_drope_(\d+))?", tag).groups()
+        found.setdefault(family, []).append((int(percent or 100), tag))
+    for family, members in found.items():
+        members = sorted(members, reverse=True)[:4]
+        looks = LOOKS[0:1] + LOOKS[2:] if members[0][0] == 100 else LOOKS[2:] + LOOKS[:1]
+        found[family] = [(tag, percent, f"DroPE {percent}" if percent < 100 else "RoPE", look)
+                         for (percent, tag), look in zip(members, looks)]
     return found
 
 
-def distinct(found):
-    """Without tags of which there is no base model or whose base model is another tag's too."""
-    return {tag: r for tag, r in found.items() if r["base"] and (not tag.endswith("_long") or tag[:-5] not in found)}
+def line(ax, label, look, points):
+    """points: {x: y or [y, low, high]}."""
+    if points:
+        y = np.array(list(points.values()), float).reshape(len(points), -1)
+        ax.plot(list(points), y[:, 0], label=label, **look)
+        ax.fill_between(list(points), y.min(1), y.max(1), color=look["color"], alpha=0.15, lw=0)
 
 
-def cell(result, section, m):
-    return result["sections"].get(section, {}).get(f"{m:g}", {})
+def save(fig, path):
+    for ax in fig.axes:
+        ax.legend(fontsize=8, frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    atomic_write(path, lambda file: fig.savefig(file, dpi=150, format="png"))
+    print(f"{path} written")
 
 
-def by_likelihood(result):
-    """Where fewer than 20% of the needles are found at 1 x, rates say little: the answer's NLL is the figure."""
-    return cell(result, "needle plain", 1).get("rate", [1])[0] < 0.2
+def draw_contexts(plt, base, contexts, path):
+    """A row for each family: needles as trained and with fitted c, and what more context does to
+    the bits per byte of the same tokens."""
+    groups = families(base)
+    panels = (("needles found, as trained", "needle", "rate", ""),
+              ("needles found, c fitted", "needle", "rate", "fitted"),
+              ("bits per byte: change from 1x", "bpb", "change", ""))
+    fig, axes = plt.subplots(len(groups), 3, figsize=(11, 3.3 * len(groups)), squeeze=False)
+    for row, (family, members) in zip(axes, groups.items()):
+        for ax, (title, kind, value, fitted) in zip(row, panels):
+            lines = [(tag, fitted, label, look) for tag, _, label, look in members]
+            lines.insert(1, (members[0][0], join("ntk", fitted), "RoPE + NTK", LOOKS[1]))
+            for tag, arm, label, look in lines:
+                some = base[tag]["arms"].get(arm, {kind: {}})[kind]
+                points = {float(m): p[value] for m, p in some.items() if p[value] is not None}
+                line(ax, label, look, points)
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(contexts, [f"{m:g}x" for m in contexts])
+            ax.set_title(f"{family}: {title}", fontsize=10)
+            ax.set(xlabel="context, in training lengths")
+        for ax in row[:2]:
+            ax.set(ylim=(-0.03, 1.03))
+    save(fig, path)
 
 
-def compare(a, section_a, b, section_b, m):
-    """McNemar between two results on the needles of m x that both were given: p, both rates, n; or None."""
-    if any(a["base"][k] != b["base"][k] for k in ("texts", "n_train")) or \
-            section_a not in a["sections"] or section_b not in b["sections"]:
-        return None
-    a, b = ({(e["depth"], e["i"]): e["exact"][0] for e in read_examples(r["examples"], section) if e["length"] == m}
-            for r, section in ((a, section_a), (b, section_b)))
-    x, y = ([r[k] for k in a if k in b] for r in (a, b))
-    return dict(p=mcnemar(x, y), a=np.mean(x), b=np.mean(y), n=len(x)) if x else None
+def draw_drop(plt, base, far, path):
+    """Retrieval in the longest context against the moment of the drop, a line for each family."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for ax, arm, title in zip(axes, ("", "fitted"), ("as trained", "c fitted")):
+        for look, (family, members) in zip(LOOKS, families(base).items()):
+            found = {p: base[tag]["arms"][arm]["needle"].get(far) for tag, p, _, _ in members}
+            line(ax, family, look, {p: point["rate"] for p, point in found.items() if point})
+        ax.set(ylim=(-0.03, 1.03), xlim=(-3, 103), title=f"needles found at {far}x, {title}",
+               xlabel="percent of the steps with RoPE (100: always)")
+    save(fig, path)
 
 
-def verdicts(found, multiples):
-    """A line for each model without RoPE and length beyond 1 x: a win is called only if it beats both what cropping to 1 x
-    could give and NTK with beta on the model with RoPE of the same size and budget."""
-    def versus(c):
-        return f"{c['a']:.2f} against {c['b']:.2f} (n = {c['n']}, McNemar p = {c['p']:.2g})" if c else "not run"
-    for tag, mine in distinct(found).items():
-        twin = found.get(re.sub(r"_drope_\d+", "", tag), {"base": {}})
-        if mine["base"]["use_rope"]:
-            continue
-        if by_likelihood(mine):
-            at_1x = cell(mine, "needle plain", 1)["rate"][0]
-            yield f"{tag}: not judged, it finds {at_1x:.0%} of the needles at 1x; the NLL is the figure."
-        elif not twin["base"] or twin is mine:
-            yield f"{tag}: not judged, the model with RoPE to compare it with was not evaluated."
-        else:
-            for m in (m for m in multiples if m > 1 and cell(mine, "needle plain beta", m)):
-                got, ntk = cell(mine, "needle plain beta", m), compare(mine, "needle plain beta", twin, "needle ntk beta", m)
-                as_trained = compare(mine, "needle plain", twin, "needle plain", m)
-                above, better = got["rate"][1] > got["ceiling"], ntk and ntk["a"] > ntk["b"] and ntk["p"] < 0.05
-                yield (f"{tag} at {m:g}x: **{'a win' if above and better else 'no win'}**. "
-                       f"With beta {interval(got['rate'])}, {'above' if above else 'not above'} the cropping ceiling of "
-                       f"{got['ceiling']:.2f}. RoPE with NTK and beta, on the same prompts: {versus(ntk)}. "
-                       f"Both as trained: {versus(as_trained)}.")
+def validations(folder):
+    """{"x": millions of tokens, "y": bits per byte} of each validation of a run. At the switch
+    there are two, with RoPE and without. "switch": where that was."""
+    batch = read_meta(folder, checkpoint_steps(folder)[-1])["total_batch_size"]
+    curve = {"x": [], "y": [], "switch": None}
+    for record in read_lines(folder / "metrics.jsonl"):
+        x = record["step"] * batch / 1e6
+        for name in ("val_bpb_with_rope", "val_bpb_without_rope", "val_bpb"):
+            if name in record:
+                curve["x"].append(x)
+                curve["y"].append(record[name])
+        if "switch" in record:
+            curve["switch"] = x
+    return curve
 
 
-def interval(values, form="{:.2f}"):
-    return "{} [{}, {}]".format(*map(form.format, values)) if values else "-"
+def draw_training(plt, base, path):
+    """The jump at the switch and the way back, beside RoPE's curve: a panel for each family."""
+    groups = families(base)
+    fig, axes = plt.subplots(1, len(groups), figsize=(max(6, 4 * len(groups)), 3.8), squeeze=False)
+    for ax, (family, members) in zip(axes[0], groups.items()):
+        seen = []
+        for tag, _, label, look in members:
+            curve = validations(places(tag)[0])
+            ax.plot(curve["x"], curve["y"], label=label, **look)
+            seen += curve["y"][len(curve["y"]) // 4:]       # the start would squeeze the rest
+            if curve["switch"]:
+                ax.axvline(curve["switch"], color=look["color"], ls=":", lw=1)
+        ax.set(title=f"{family} (dotted: RoPE is dropped)", xlabel="million tokens",
+               ylabel="validation bits per byte", ylim=(None, 1.02 * max(seen, default=1)))
+    save(fig, path)
 
 
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def make_table(found, multiples):
-    """Markdown: a row for each tag, then all lengths and arms, then the verdicts."""
-    far = max(multiples)
-    def needles(result, section, m, of="rate"):
-        got = cell(result, section, m)
-        if got and by_likelihood(result):
-            return f"NLL {got['nats']:.2f}, gain {interval(got['gain'])}"
-        return interval(got.get(of))
-    def bits(result, section, m):
-        got = cell(result, section, m)
-        change = f", {interval(got['change'], '{:+.3f}')}" if got and m > 1 else ""
-        return f"{got['bpb'][0]:.3f}{change}, n={got['n']}" if got else "-"
-    def row(tag, result):
-        s, three = result["sections"], (("plain", 1), ("plain", far), ("plain beta", far))
-        repeat = next((x["rate"] for x in reversed(s.get("repeat plain beta", {}).values())), None)
-        return [tag, {True: "on", False: "off"}.get(result["base"].get("use_rope"), "-"),
-                *(interval(cell(result, f"bpb {arm}", m).get("bpb"), "{:.3f}") for arm, m in three),
-                *(needles(result, f"needle {arm}", m) for arm, m in three),
-                *(needles(result, "multi plain beta", far, of) for of in ("rate", "all")), interval(repeat),
-                *(interval(s.get(name, {}).get("rate")) for name in ("mmlu", "gsm8k", "bee")),
-                interval(s.get("gsm8k", s.get("bee", {})).get("stops"))]
-    head = ["tag", "RoPE", "bits per byte 1x", f"{far:g}x", f"{far:g}x beta", "needle 1x", f"{far:g}x", f"{far:g}x beta",
-            f"multi-key {far:g}x beta", f"multi-query {far:g}x beta", "repeat beta", "MMLU", "GSM8K", "SpellingBee", "stops"]
-    text = "# Results\n\n" + markdown(head, [row(tag, result) for tag, result in found.items()]) + f"""
-1x is the training length; [95% intervals]: Wilson for rates, else bootstrap; -: not run. Beta: beyond 1x attention logits
-are multiplied by 1 + c ln(n / n_train), c from {SCALES} fitted on other documents by the same sweep for
-every row. Needle: 4-digit numbers found (guessing .0001). Where fewer than 20% are found at 1x, NLL: nats per digit of the
-(first) answer (guessing 2.30), and its gain from the needle's being there. Repeat: tokens of a random span foreseen at the
-largest distance. MMLU: guessing .25. Stops: answers to GSM8K (else to SpellingBee) that end by themselves.
-"""
-    arms = [(tag, r, arm, beta) for tag, r in distinct(found).items() for arm in ("plain", *REMEDIES)
-            if f"scale {arm}" in r["sections"] for beta in ("", " beta")]
-    for title, kind, form in (("Needles found, by context", "needle", needles),
-                              ("Bits per byte, and change from 1x on the same documents, by context", "bpb", bits)):
-        rows = [[tag, arm + beta, r["sections"][f"scale {arm}"]["c"] if beta else "",
-                 *(form(r, f"{kind} {arm}{beta}", m) for m in multiples)] for tag, r, arm, beta in arms]
-        if kind == "needle" and arms:
-            ceilings = [cell(arms[0][1], "needle plain", m).get("ceiling") for m in multiples]
-            rows.append(["cropping to 1x, if perfect", "", "", *("-" if x is None else f"{x:.2f}" for x in ceilings)])
-        text += f"\n## {title}\n\n" + markdown(["tag", "arm", "c", *(f"{m:g}x" for m in multiples)], rows)
-    calls = "".join(f"- {line}\n" for line in verdicts(found, multiples))
-    return text + (f"\n## Is it a win?\n\n{calls}" if calls else "")
-
-
-# ---- The figures -------------------------------------------------------------------------------------------------
-
-def make_figures(found, multiples, folder, suffix):
-    """contexts.png: what happens beyond the training length. drop.png: retrieval against the moment of the drop."""
-    found = distinct(found)
-    if not found:
-        return
+def draw_all(base, contexts, folder, end):
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no figures: matplotlib is not installed (pip install matplotlib)")
-    arms = (("plain", "-"), ("plain beta", "--"))
-    def save(fig, name):
-        fig.tight_layout()
-        atomic_write(folder / f"{name}{suffix}.png", lambda f: fig.savefig(f, dpi=130, format="png"))
-        plt.close(fig)
-        print(f"{folder / name}{suffix}.png written")
-
-    fig, axes = plt.subplots(2, 2, figsize=(13, 9))
-    rate, nats = (lambda x: x["rate"]), (lambda x: [x["nats"]] * 3)         # value, low, high
-    bits = lambda x: [x["bpb"][0] + d - x["change"][0] for d in x["change"]] if x["change"] else [x["bpb"][0]] * 3
-    panels = (("needle", rate, "Needles found [95% Wilson]"), ("needle", nats, "Nats per digit of the needle"),
-              ("bpb", bits, "Bits per byte of the same last tokens [change from 1x: 95% paired bootstrap]"),
-              ("repeat", rate, "Random span repeated: share of its tokens foreseen [95% bootstrap]"))
-    for ax, (kind, value, title) in zip(axes.flat, panels):
-        for i, (tag, result) in enumerate(found.items()):
-            color = plt.get_cmap("tab10" if len(found) <= 10 else "tab20")(i)
-            for arm, style in arms:
-                points = result["sections"].get(f"{kind} {arm}", {})
-                x, y = [float(m) for m in points], np.array([value(p) for p in points.values()]).reshape(-1, 3)
-                ax.plot(x, y[:, 0], style, color=color, marker="o", ms=3, label=tag + arm.removeprefix("plain"))
-                ax.fill_between(x, y[:, 1], y[:, 2], color=color, alpha=0.1, lw=0)
-        ticks = DISTANCES if kind == "repeat" else multiples
-        ax.set(title=title, xlabel="distance in tokens" if kind == "repeat" else "context, in training lengths")
-        ax.set_ylim((-0.03, 1.03) if value is rate else (None, None))
-        ax.set_xscale("log", base=2)
-        ax.set_xlim(0.9 * ticks[0], 1.1 * ticks[-1])
-        ax.set_xticks(ticks, [f"{m:g}" for m in ticks])
-    points = next(iter(found.values()))["sections"].get("needle plain", {})
-    for ax, line, label, floor in ((axes[0, 0], lambda x: x["ceiling"], "cropping to 1x, if perfect", 1e-4),
-                                   (axes[0, 1], lambda x: x["nats"] + x["gain"][0], "first tag, no needle", math.log(10))):
-        ax.plot([float(m) for m in points], [line(x) for x in points.values()], "k:", label=label)
-        ax.axhline(floor, color="grey", lw=0.8, label="guessing")
-        ax.legend(fontsize=7)
-    save(fig, "contexts")
-
-    families, far = {}, max(multiples)                      # {tag without drope: [(percent of the steps with RoPE, result)]}
-    for tag, result in found.items():
-        drop = re.search(r"_drope_(\d+)", tag)
-        families.setdefault(re.sub(r"_drope_\d+", "", tag), []).append((int(drop[1]) if drop else 100, result))
-    fig, ax = plt.subplots(figsize=(7, 4.5))
-    for i, (name, some) in enumerate(families.items()):
-        for arm, style in arms:
-            points = sorted((percent, x["rate"]) for percent, r in some if (x := cell(r, f"needle {arm}", far)))
-            x, y = [percent for percent, _ in points], np.array([found for _, found in points]).reshape(-1, 3)
-            ax.errorbar(x, y[:, 0], np.abs(y[:, 1:].T - y[:, 0]), fmt=style, marker="o", color=f"C{i}", capsize=3,
-                        label=name + arm.removeprefix("plain"))
-    ax.set(xlabel="percent of the steps with RoPE (0: never, 100: always)", ylim=(-0.03, 1.03),
-           title=f"Needles found at {far:g} x the training length [95% Wilson]")
-    ax.legend(fontsize=7)
-    save(fig, "drop")
+    draw_contexts(plt, base, contexts, folder / f"contexts{end}.png")
+    draw_drop(plt, base, f"{contexts[-1]:g}", folder / f"drop{end}.png")
+    draw_training(plt, base, folder / f"training{end}.png")
 
 
-# ---- The command -------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 def command_line(args):
-    """Tags, and the Config from the options, in any order."""
+    """The words that are no options (tags), and the Config of the options, in any order."""
     with_value = {"--" + f.name.replace("_", "-") for f in fields(Config) if f.type is not bool}
-    is_tag = [not a.startswith("-") and before not in with_value for before, a in zip(["", *args], args)]
-    cfg = parse_config(Config, __doc__, [a for a, tag in zip(args, is_tag) if not tag])
-    if not any(is_tag):
-        sys.exit("eval.py: which tags? For example `python eval.py d18_9tpp d18_9tpp_drope_50`; --help says more")
-    return list(dict.fromkeys(a for a, tag in zip(args, is_tag) if tag)), cfg
+    words = [word for before, word in zip(["", *args], args)
+             if not word.startswith("-") and before not in with_value]
+    cfg = parse_config(Config, __doc__, [arg for arg in args if arg not in words])
+    if not words:
+        sys.exit("eval.py: which tag? For example `python eval.py d18_9tpp d18_9tpp_drope_50`")
+    spelled = re.fullmatch(r"(d\d+) ([\d.]+)(?: (\d+))?( long)?", " ".join(words))
+    if spelled:                                             # d18 9 50 long
+        size, tpp, drope, long = spelled.groups()
+        drope, long = f"_drope_{drope}" if drope else "", "_long" if long else ""
+        words = [f"{size}_{tpp}tpp{drope}{long}"]
+    return list(dict.fromkeys(words)), cfg
+
+
+def gather(tags, quick):
+    """{tag: {"key", "arms"}} of the base models, {tag: sections} of the chat models."""
+    base, chat = {}, {}
+    for tag in tags:
+        base_folder, sft_folder, _ = places(tag)
+        result = Results(base_folder, quick)
+        if result.sections:
+            base[base_folder.name] = dict(key=result.key, arms=arms_of(result.sections))
+        answered = Results(sft_folder, quick).sections
+        if answered:
+            chat[tag] = answered
+        if not result.sections and not answered:
+            sys.exit(f"{tag} is not evaluated: leave it out, or run `python eval.py {tag}` first")
+    return base, chat
 
 
 def main():
     tags, cfg = command_line(sys.argv[1:])
-    sizes, env, evaluated = QUICK if cfg.quick else Sizes(), setup_env(), cfg.table
-    for tag in tags if not cfg.table else ():
-        for kind, (folder, out) in places(tag).items():
-            if not any(folder.glob("meta_*.json")) and not (folder / "config.json").exists():
-                command = f"export_hf.py --tag {tag}" if kind == "chat" else f"pretrain.py --tag {folder.name}"
-                print(f"{tag}: no {kind} model in {folder} (`python {command}` makes it): skipped", file=sys.stderr)
-                continue
-            print(f"{tag}: {kind} model in {folder}, on {env.device}", flush=True)
-            try:
-                (evaluate_chat if kind == "chat" else evaluate_base)(folder, out, cfg, sizes, env)
-                evaluated = True
-            except FetchError as e:
-                print(f"  skipped, its texts cannot be had ({e})", file=sys.stderr)
-    if not evaluated:
-        sys.exit(f"nothing evaluated: no model of {', '.join(tags)} in {base_dir()}")
-    found, folder, suffix = gather(tags, cfg.quick), base_dir() / "eval", "_quick" if cfg.quick else ""
-    text = make_table(found, sizes.multiples)
-    atomic_write(folder / f"results{suffix}.md", text)
-    data = {tag: {"base": r["base"], **r["sections"]} for tag, r in found.items()}
-    atomic_write(folder / f"results{suffix}.json", json.dumps(data, indent=1))
-    print(f"\n{text}\n{folder}/results{suffix}.md and .json written")
-    make_figures(found, sizes.multiples, folder, suffix)
+    if cfg.data_dir and not Path(cfg.data_dir).is_dir():
+        sys.exit(f"--data-dir {cfg.data_dir}: there is no such folder")
+    if cfg.check:
+        return
+    if cfg.chat:
+        return talk(tags[0], setup_env(compile=0))
+    sizes = QUICK if cfg.quick else Sizes()
+    env = None if cfg.table else setup_env(compile=0)
+    for tag in tags if env else ():
+        base_folder, sft_folder, export = places(tag)
+        exported = (export / "config.json").exists()
+        print(f"{tag}, on {env.device}", flush=True)
+        if base_folder.exists() or not exported:
+            evaluate_base(base_folder, cfg, sizes, env)
+        if exported:
+            evaluate_chat(sft_folder, export, cfg, sizes, env)
+    base, chat = gather(tags, cfg.quick)
+    folder, end = base_dir() / "eval", "_quick" if cfg.quick else ""
+    text = make_tables(base, chat, sizes.contexts)
+    atomic_write(folder / f"results{end}.md", text)
+    print(f"\n{text}\n{folder}/results{end}.md written")
+    if base:
+        draw_all(base, sizes.contexts, folder, end)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on after the last finished section")
+    guard(main)

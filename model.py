@@ -1,18 +1,18 @@
-"""The model of the miniseries: a decoder-only transformer with one size dial, its depth. And a switch: use_rope.
+"""The model of the miniseries: a decoder-only transformer with one dial, its depth, and a switch.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig.from_depth(18))       # 362,151,936 parameters
-    loss = model(idx, targets)                  # sum of the cross entropies of a batch, ready for backward()
+    loss = model(idx, targets)                  # sum of the cross entropies, ready for backward()
     model.use_rope = False                      # DroPE: from here on without positional embeddings
 
-Pre-norm blocks, RMSNorm without weights, RoPE followed by QK-norm, SwiGLU, no biases, untied head, softcapped logits.
-RoPE (arXiv:2104.09864) helps a transformer to learn fast; dropped in the middle of pretraining (DroPE,
-arXiv:2512.12167) it no longer ties the model to the lengths it was trained at. Causal attention alone
-still lets the model know the order of tokens, so nothing takes RoPE's place.
+Pre-norm blocks, RMSNorm without weights, RoPE followed by QK-norm, SwiGLU, no biases, untied head,
+softcapped logits. RoPE (arXiv:2104.09864) helps a transformer to learn fast. Dropped in the middle
+of pretraining (DroPE, arXiv:2512.12167), it no longer ties the model to the lengths it was trained
+at. Nothing takes its place: a causal mask alone lets a model learn the order of tokens.
 
-This file can be copied alone: it needs torch only. Its last section is the plumbing that pretrain.py, sft.py, export_hf.py
-and eval.py share (checkpoints, downloads, processes); it imports what it needs inside its functions, so whoever
-copies the model can delete it. Left out: a key-value cache (modeling_nanochat.py has it), dropout, GQA.
+To copy the model into another project, take this file and delete everything below "What the scripts
+share": the model itself needs only torch, math and dataclass. Left out: a key-value cache
+(modeling_nanochat.py has one), dropout, grouped-query attention.
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ROPE_THETA = 100_000.0
 SOFTCAP = 15.0
 
 
-# ---- Sizes: everything follows from the depth ------------------------------------------------------------------
+# ---- Sizes: everything follows from the depth ----------------------------------------------------
 
 @dataclass
 class GPTConfig:
@@ -34,22 +34,23 @@ class GPTConfig:
     vocab_size: int = 32768
     n_layer: int = 18
     n_head: int = 9
-    n_kv_head: int = 9      # always n_head here; the field keeps checkpoints readable for the nanochat repo
+    n_kv_head: int = 9      # always n_head here; the field is for karpathy/nanochat, which reads it
     n_embd: int = 1152
 
     @classmethod
     def from_depth(cls, depth, vocab_size=32768, sequence_len=4096):
         """64 channels a layer, rounded up to whole heads of 128."""
-        n_head = -(-64 * depth // HEAD_DIM)
+        n_head = math.ceil(64 * depth / HEAD_DIM)
         return cls(sequence_len, vocab_size, depth, n_head, n_head, n_head * HEAD_DIM)
 
     @property
     def intermediate_size(self):
-        """Two thirds of 4 x n_embd, so that SwiGLU's three matrices cost what two would (arXiv:2002.05202)."""
+        """8/3 n_embd: SwiGLU's 3 matrices cost what 2 of 4 n_embd would (arXiv:2002.05202)."""
         return round(8 / 3 * self.n_embd / 128) * 128
 
 
-# ---- The layers ------------------------------------------------------------------------------------------------
+# ---- Building blocks -----------------------------------------------------------------------------
+# Shapes: B rows of T tokens, C = n_embd channels, n_head heads of head_dim, V = vocabulary
 
 def norm(x):
     """RMSNorm without weights over the last dimension (arXiv:1910.07467)."""
@@ -64,57 +65,35 @@ def rotary_tables(T, head_dim, device, theta=ROPE_THETA):
 
 
 def rotate(x, cos, sin):
-    """Rotates each pair (x1[i], x2[i]) of a (B, T, n_head, head_dim) tensor by its angle, x1 and x2 being the halves of
-    head_dim: (x1 cos + x2 sin, x2 cos - x1 sin). cos and sin: (T, 1, head_dim), the latter with -sin in its second half.
-    The direction is the released checkpoints' own: the transpose of the textbook's rotation."""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)     # (x2, x1)
+    """Rotates each pair (x1[i], x2[i]) of x (B, T, n_head, head_dim), x1 and x2 being the halves of
+    head_dim, to (x1 cos + x2 sin, x2 cos - x1 sin). cos and sin: (T, 1, head_dim) as GPT.rotary
+    makes them, sin with its second half negated. The published models turn this way; textbooks
+    turn the other."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)         # (x2, x1)
     return x * cos + swapped * sin
 
 
+def query_scale(T, n_train, c, device):
+    """max(1, 1 + c ln(n / n_train)) of the queries n = 1 ... T, float32 (T, 1, 1). The more tokens
+    there are, the smaller is the share of a softmax that the right one can get. Sharper logits make
+    up for it (arXiv:2501.19399 finds the logarithm)."""
+    n = torch.arange(1, T + 1, dtype=torch.float32, device=device)
+    return (1 + c * (n / n_train).log()).clamp(min=1).view(T, 1, 1)
+
+
 class Linear(nn.Linear):
-    """No bias; weights stay float32 and are cast to the activations' dtype where they are used, or, for training, once for all
-    micro-batches of a step (`cast`, see accumulate_gradients). With fp8 set, training (not evaluation) multiplies in float8."""
+    """No bias. The weight stays in float32 and is cast to the activations' dtype where it is used.
+    With fp8 set, training (not evaluation) multiplies in float8."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
-        self.fp8, self.cast = False, None
+        self.fp8 = False
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype) if self.cast is None else self.cast
+        weight = self.weight.to(x.dtype)
         if self.fp8 and torch.is_grad_enabled():
             return Float8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         return F.linear(x, weight)
-
-
-def to_float8(x, dtype):
-    """x in float8 and the float32 scale that brings it back: the largest entry becomes the largest number of the dtype."""
-    most = torch.finfo(dtype).max
-    scale = most / x.abs().max().float().clamp(min=1e-12)
-    return (x.float() * scale).clamp(-most, most).to(dtype), 1 / scale
-
-
-def float8_mm(a, a_scale, b, b_scale, dtype, fast=False):
-    """(M, K) @ (K, N) of float8. The GPU wants `a` by rows and `b` by columns in memory; elsewhere it is emulated. Sums are in float32,
-    or with `fast` on a GPU in the fewer bits of Hopper's tensor cores: good enough forward, not for gradients (torchao's defaults)."""
-    if a.is_cuda:
-        return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
-    return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
-
-
-class Float8Matmul(torch.autograd.Function):
-    """x W^T: forward in e4m3, which has more precision, gradients in e5m2, which has more range (arXiv:2209.05433)."""
-
-    @staticmethod
-    def forward(ctx, x, weight):                            # (N, C_in), (C_out, C_in)
-        (x8, x_scale), (w8, w_scale) = to_float8(x, torch.float8_e4m3fn), to_float8(weight, torch.float8_e4m3fn)
-        ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        return float8_mm(x8, x_scale, w8.t(), w_scale, x.dtype, fast=True)
-
-    @staticmethod
-    def backward(ctx, grad):                                # (N, C_out)
-        x8, x_scale, w8, w_scale = ctx.saved_tensors
-        g8, g_scale = to_float8(grad, torch.float8_e5m2)
-        return float8_mm(g8, g_scale, w8, w_scale, grad.dtype), float8_mm(g8.t(), g_scale, x8, x_scale, grad.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -122,20 +101,21 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.head_dim = config.n_head, C // config.n_head
-        self.c_q, self.c_k, self.c_v, self.c_proj = Linear(C, C), Linear(C, C), Linear(C, C), Linear(C, C)
+        self.c_q, self.c_k, self.c_v = Linear(C, C), Linear(C, C), Linear(C, C)
+        self.c_proj = Linear(C, C)
 
-    def attend(self, q, k, v):
-        """Full causal attention, scale 1/sqrt(head_dim); (B, n_head, T, head_dim) each."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def forward(self, x, rotary):
+    def forward(self, x, rotary=None, scale=None):
         B, T, C = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))
+        heads = (B, T, self.n_head, self.head_dim)
+        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = norm(q), norm(k)                             # QK-norm, after the rotation (arXiv:2302.05442)
-        y = self.attend(*(t.transpose(1, 2) for t in (q, k, v)))    # (B, n_head, T, head_dim)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        q, k = norm(q), norm(k)             # QK-norm, after the rotation (arXiv:2302.05442)
+        if scale is not None:
+            q = q * scale
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, n_head, T, head_dim)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # heads side by side again
 
 
 class MLP(nn.Module):
@@ -153,41 +133,48 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(config), MLP(config)
 
-    def forward(self, x, rotary):
-        x = x + self.attn(norm(x), rotary)
+    def forward(self, x, rotary=None, scale=None):
+        x = x + self.attn(norm(x), rotary, scale)
         return x + self.mlp(norm(x))
 
 
-# ---- The loss, without ever holding the logits of the whole batch ------------------------------------------------
+# ---- The loss, without ever holding the logits of the whole batch -------------------------------
 
 def softcapped(x, weight):
     """Logits 15 tanh(x W^T / 15) in float32 (arXiv:2408.00118): (N, C), (V, C) -> (N, V)."""
     return SOFTCAP * torch.tanh(F.linear(x, weight).float() / SOFTCAP)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies, computed together with its gradients one chunk of positions at a time.
+def softcap_slope(logits):
+    """The derivative of the softcap, from its own output."""
+    return 1 - (logits / SOFTCAP).square()
 
-    At 16 x 4,096 positions and 32,768 ids one float32 copy of the logits takes 8.6 GB, and a plain loss holds several.
-    Nothing needs them all at once: the loss is a sum, so its gradients with respect to x and W can be made as soon as a
-    chunk's logits are there (Liger Kernel, arXiv:2410.10989). backward() only scales them."""
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies, computed together with its gradients, a chunk of positions at a time.
+
+    At 16 x 4,096 positions and 32,768 ids, one float32 copy of the logits takes 8.6 GB, and a plain
+    loss holds several. Nothing needs them all at once: the loss is a sum, so its gradients can be
+    made as soon as a chunk's logits are there (Liger Kernel, arXiv:2410.10989). backward() only
+    scales them."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
-        w = weight.to(x.dtype)                              # (V, C)
+    def forward(ctx, x, weight, targets, chunk):            # (N, C), (V, C), (N,)
+        w = weight.to(x.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        slope = lambda z: 1 - (z / SOFTCAP).square()        # derivative of the softcap
         for i in range(0, x.size(0), chunk):
-            xs, ts = x[i:i + chunk], targets[i:i + chunk].unsqueeze(1)      # (n, C), (n, 1)
-            counted, ts = ts != -1, ts.clamp(min=0)         # (n, 1) each
-            logits = softcapped(xs, w)                      # (n, V), at most 15: exp() cannot overflow
-            e, hit = logits.exp(), logits.gather(1, ts)     # (n, V), (n, 1)
+            xs, target = x[i:i + chunk], targets[i:i + chunk].unsqueeze(1)      # (n, C), (n, 1)
+            counted, target = target != -1, target.clamp(min=0)
+            logits = softcapped(xs, w)                      # (n, V), at most 15: exp() is finite
+            e, hit = logits.exp(), logits.gather(1, target) # (n, V), (n, 1)
             total = e.sum(dim=1, keepdim=True)              # (n, 1)
             loss = loss + ((total.log() - hit) * counted).sum()
-            # softmax - one-hot; first as if no id were the target, then the targets' own entries (1 of V) in their places
-            grad = (e * slope(logits) * (counted / total)).to(x.dtype)      # (n, V)
-            grad.scatter_(1, ts, ((hit.exp() / total - 1) * slope(hit) * counted).to(x.dtype))
+            # The gradient of the logits is softmax - one_hot(target). First the softmax, ...
+            grad = (e * softcap_slope(logits) * (counted / total)).to(x.dtype)  # (n, V)
+            # ... then the target's own entry in each row is replaced by that with the - 1
+            at_target = (hit.exp() / total - 1) * softcap_slope(hit) * counted
+            grad.scatter_(1, target, at_target.to(x.dtype))
             grad_x[i:i + chunk] = grad @ w
             grad_w += grad.T @ xs
         ctx.save_for_backward(grad_x, grad_w)
@@ -199,24 +186,72 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x * grad_loss.to(grad_x.dtype), grad_w * grad_loss, None, None
 
 
-# ---- The model -------------------------------------------------------------------------------------------------
+# ---- Float8: half the bits of bfloat16, twice the speed of a matmul on an H100 -------------------
+# 8 bits are few, so there are two ways to spend them (arXiv:2209.05433). e4m3 has 4 bits for the
+# exponent, 3 for the mantissa: steps of 1/8, up to 448. e5m2 has 5 and 2: steps of 1/4, up to
+# 57,344. Weights and activations need the precision, gradients the range.
+
+def to_float8(x, dtype):
+    """x in float8, scaled so that the largest |x| becomes the largest number of the dtype; and the
+    float32 factor that undoes the scaling."""
+    most = torch.finfo(dtype).max
+    scale = most / x.abs().max().float().clamp(min=1e-12)
+    return (x.float() * scale).clamp(-most, most).to(dtype), 1 / scale
+
+
+def float8_mm(a, a_scale, b, b_scale, dtype, fast=False):
+    """(M, K) @ (K, N) of float8, summed in float32. A GPU wants `a` by rows and `b` by columns in
+    memory; on a CPU it is emulated, for tests. fast: sums in the fewer bits of Hopper's tensor
+    cores, good enough forward, not for gradients (the defaults of torchao)."""
+    if not a.is_cuda:
+        return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
+    a, b = a.contiguous(), b.t().contiguous().t()
+    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype,
+                            use_fast_accum=fast)
+
+
+class Float8Matmul(torch.autograd.Function):
+    """y = x W^T and its two gradients, grad_x = grad_y W and grad_W = grad_y^T x: three matmuls, in
+    float8 all of them."""
+
+    @staticmethod
+    def forward(ctx, x, weight):                            # (N, C_in), (C_out, C_in) -> (N, C_out)
+        x8, x_scale = to_float8(x, torch.float8_e4m3fn)
+        w8, w_scale = to_float8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        return float8_mm(x8, x_scale, w8.t(), w_scale, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, grad):                                # (N, C_out)
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = to_float8(grad, torch.float8_e5m2)
+        grad_x = float8_mm(g8, g_scale, w8, w_scale, grad.dtype)            # (N, C_in)
+        grad_w = float8_mm(g8.t(), g_scale, x8, x_scale, grad.dtype)        # (C_out, C_in)
+        return grad_x, grad_w
+
+
+# ---- The model -----------------------------------------------------------------------------------
 
 class GPT(nn.Module):
-    """Decoder-only transformer. `use_rope` is part of the model, like its weights: save it with them.
+    """Decoder-only transformer. `use_rope` is part of it, like its weights: save it with them.
 
-    Activations are in `dtype` (bfloat16 on a GPU that has it, set by the caller; float32 otherwise)."""
+    Two attributes are for inference beyond the training length, config.sequence_len. logn_scale: c
+    of query_scale(), 0 as trained. rotary_tables: a function like the one above, for RoPE scaled in
+    another way. Activations are in `dtype`: bfloat16 on a GPU that has it, else float32."""
 
     def __init__(self, config, use_rope=True, dtype=torch.float32):
         super().__init__()
         if config.n_kv_head != config.n_head:
-            raise ValueError(f"n_kv_head {config.n_kv_head}: this model has as many key heads as heads ({config.n_head})")
+            raise ValueError(f"n_kv_head {config.n_kv_head}: this model has as many key heads as "
+                             f"query heads ({config.n_head})")
         self.config, self.use_rope, self.dtype = config, use_rope, dtype
-        rows = -(-config.vocab_size // 64) * 64             # a multiple of 64 suits the matmul units
+        V = math.ceil(config.vocab_size / 64) * 64          # a multiple of 64 suits the hardware
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(rows, config.n_embd),
+            "wte": nn.Embedding(V, config.n_embd),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer))})
-        self.lm_head = Linear(config.n_embd, rows)
-        self.rotary_tables = rotary_tables                  # an attribute, so that eval.py can try other tables
+        self.lm_head = Linear(config.n_embd, V)
+        self.logn_scale = 0.0
+        self.rotary_tables = rotary_tables
 
     @torch.no_grad()
     def init_weights(self):
@@ -233,17 +268,20 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)
 
     def forward(self, idx, targets=None, reduction="sum", chunk=None):
-        """idx (B, T) int64 -> float32 logits (B, T, vocab_size); with targets (B, T; -1 is not counted) the sum of
-        the cross entropies in nats, or with reduction="none" each of them, (B, T). chunk: positions whose logits are held at a
-        time; 4,096 keep a GPU busy, 512 suit a CPU's caches."""
+        """idx (B, T) int64 -> float32 logits (B, T, V). With targets (B, T; -1 is not counted): the
+        sum of the cross entropies in nats, or with reduction="none" each of them, (B, T).
+        chunk: positions whose logits are held at a time; 4,096 keep a GPU busy, 512 suit a CPU."""
         B, T = idx.shape
         chunk = chunk or (4096 if idx.is_cuda else 512)
-        rotary = None
-        if self.use_rope:                                   # DroPE: this line is all that the model knows of it
+        rotary = scale = None
+        if self.use_rope:                                   # DroPE: all that the model knows of it
             rotary = self.rotary(T, idx.device)
+        if self.logn_scale:                                 # never in training
+            scale = query_scale(T, self.config.sequence_len, self.logn_scale, idx.device)
+            scale = scale.to(self.dtype)
         x = self.transformer.wte(idx).to(self.dtype)        # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, rotary)
+            x = block(x, rotary, scale)
         x = norm(x)
         head = self.lm_head.weight[:self.config.vocab_size]
         if targets is None:
@@ -251,398 +289,472 @@ class GPT(nn.Module):
         x, targets = x.reshape(B * T, -1), targets.reshape(B * T)
         if reduction == "sum":
             return ChunkedCrossEntropy.apply(x, head, targets, chunk)
-        losses = [F.cross_entropy(softcapped(xs, head.to(x.dtype)), ts, ignore_index=-1, reduction="none")
-                  for xs, ts in zip(x.split(chunk), targets.split(chunk))]
+        losses = []
+        for xs, ts in zip(x.split(chunk), targets.split(chunk)):
+            logits = softcapped(xs, head.to(x.dtype))
+            losses.append(F.cross_entropy(logits, ts, ignore_index=-1, reduction="none"))
         return torch.cat(losses).view(B, T)
 
-    # Constant in a compiled graph, or all its layers would compute cosines; so rotary_tables must not change once it is compiled
+    # A constant in a compiled graph, where otherwise each layer would compute cosines. So neither
+    # rotary_tables nor dtype may change once the model is compiled.
     @torch.compiler.assume_constant_result
     def rotary(self, T, device):
         """The tables as rotate() wants them, cos and sin in one tensor, (2, T, 1, head_dim)."""
         cos, sin = self.rotary_tables(T, self.config.n_embd // self.config.n_head, device)
-        return torch.stack((torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1))).unsqueeze(2).to(self.dtype)
+        both = torch.stack((torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)))
+        return both.unsqueeze(2).to(self.dtype)
 
     def num_scaling_params(self):
-        """N of the scaling rules: block matrices + lm_head, the parameters that do a token's matmuls."""
+        """N of the scaling rules: block matrices + lm_head, the parameters of the matmuls."""
         return sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
 
     def flops_per_token(self, T=None):
-        """Forward + backward: 6 for each parameter of N, and 12 x T/2 (causal) x n_embd for each layer's attention."""
-        return 6 * self.num_scaling_params() + 6 * self.config.n_layer * self.config.n_embd * (T or self.config.sequence_len)
+        """Forward and backward: 6 for each parameter of N, and for each layer's attention
+        12 x T/2 (causal) x n_embd."""
+        T = T or self.config.sequence_len
+        return 6 * self.num_scaling_params() + 6 * self.config.n_layer * self.config.n_embd * T
 
 
-# ---- Plumbing shared by the scripts (delete from here when you copy the model) ---------------------------------------
-# Errors that a user can mend end the program by sys.exit(one line): what, where, how to mend.
+# ---- What the scripts share (when you copy the model, delete from here to the end) --------------
+# Where a user can mend what is wrong, sys.exit(one line) says what, where and how.
 
-INTERRUPTED = 75        # exit status "stopped on request, everything saved: run the same command again" (EX_TEMPFAIL)
+import argparse, atexit, base64, dataclasses, datetime, errno, functools, hashlib, inspect, json
+import os, platform, queue, re, shutil, signal, subprocess, sys, sysconfig, threading, time
+import traceback, typing
+from pathlib import Path
+
+INTERRUPTED = 75        # exit status: stopped on request, all saved, run the same command again
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
+               errno.ENOTDIR, errno.EEXIST)
 
 
 def base_dir():
     """The folder of all artifacts: $NANOCHAT_BASE_DIR, or out/ here."""
-    import os
-    from pathlib import Path
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "out")
 
 
+def one_line(error):
+    """The first line of an error's text, or its name where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def guard(main):
+    """Runs a script's main(). Ctrl-C and a disk that cannot be written are a line, no traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except OSError as e:
+        if e.errno not in DISK_ERRORS:
+            raise
+        sys.exit(cannot_write(e))
+
+
+def cannot_write(error):
+    """The line for an OSError of DISK_ERRORS."""
+    return (f"cannot write {error.filename or 'a file'}: {error.strerror}. What was there is "
+            "untouched; make room, or choose another folder with NANOCHAT_BASE_DIR")
+
+
+# The command line: a dataclass whose comments are the help and the rules
+
 def parse_config(cls, doc, args=None):
-    """Fills the dataclass `cls` from the command line. A field `batch_size: int = 8  # rows a step` becomes the option
-    --batch-size with that help; a bool becomes a switch; a type `int | None` means "worked out when not given"."""
-    import argparse, dataclasses, inspect, re, sys, types, typing
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            sys.exit(f"{self.prog}: {message} (see {self.prog} --help)")
-    helps = dict(re.findall(r"^\s+(\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(cls):
-        flag, text = "--" + f.name.replace("_", "-"), helps.get(f.name, "").replace("%", "%%")
-        kind = next((t for t in typing.get_args(f.type) if t is not types.NoneType), f.type) if not isinstance(f.type, type) else f.type
+    """Fills the dataclass `cls` from the command line. A field `rows: int = 8  # of a step, > 0`
+    becomes the option --rows with that help; a bool becomes a switch, a tuple takes several words,
+    `int | None` means "worked out when not given". Numbers are finite and not negative; "> 0" in
+    a comment excludes 0 as well, and "0 to 99" sets limits."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
+    comments = dict(re.findall(r"^\s+(\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        flag, text = "--" + field.name.replace("_", "-"), comments.get(field.name, "")
+        text = text.replace("%", "%%")
+        kind = next(iter(typing.get_args(field.type)), field.type)      # int | None -> int
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
+        elif kind is tuple:
+            parser.add_argument(flag, nargs="+", default=(), metavar="NAME", help=text)
         else:
-            text += "" if f.default in (None, "") else f" (default: {f.default})"
-            parser.add_argument(flag, type=kind, default=f.default, metavar=kind.__name__.upper(), help=text)
-    return cls(**vars(parser.parse_args(args)))
+            text += "" if field.default in (None, "") else f" (default: {field.default})"
+            parser.add_argument(flag, type=kind, default=field.default, help=text,
+                                metavar=kind.__name__.upper())
+    config = cls(**vars(parser.parse_args(args)))
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            wanted = number_wanted(value, comments.get(name, ""))
+            if wanted:
+                parser.error(f"--{name.replace('_', '-')} {value}: {wanted} is wanted")
+    return config
 
 
-def log_head(config, **more):
-    """The head of a log: commit, versions, resolved config."""
-    import platform, subprocess, sys
-    from pathlib import Path
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    print(f"# {' '.join(sys.argv)}\n# commit {commit or 'unknown'} | python {platform.python_version()} | torch {torch.__version__} | {platform.machine()}")
-    for key, value in {**vars(config), **more}.items():
+def number_wanted(value, comment):
+    """Which numbers a field's comment allows, in words, if `value` is none of them; else ""."""
+    limits = re.search(r"\b(\d+) to (\d+)\b", comment)
+    if limits and not int(limits[1]) <= value <= int(limits[2]):
+        return limits[0]
+    if "> 0" in comment and value == 0:
+        return "a number above 0"
+    return "" if math.isfinite(value) and value >= 0 else "a finite number, not a negative one,"
+
+
+def log_head(*parts, **more):
+    """The head of a log: command, commit, versions, and the fields of `parts` (the config ...)."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = "unknown"
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    print(f"# {' '.join(sys.argv)}\n# commit {commit} | python {platform.python_version()} | "
+          f"torch {torch.__version__} | {platform.machine()}")
+    for key, value in [*(pair for part in parts for pair in vars(part).items()), *more.items()]:
         print(f"# {key} = {value}")
+    sys.stdout.flush()
 
 
-# Tokenizer
+# The tokenizer that tok.py made
 
 def load_tokenizer(folder):
     """The tiktoken.Encoding that tok.py stored in `folder`."""
-    import json, sys
-    from pathlib import Path
-    folder = Path(folder)
-    if not (folder / "config.json").exists() or not (folder / "tokenizer.tiktoken").exists():
+    import tiktoken
+    config_file, ranks_file = Path(folder) / "config.json", Path(folder) / "tokenizer.tiktoken"
+    if not config_file.exists() or not ranks_file.exists():
         sys.exit(f"no tokenizer in {folder}: make one with `python tok.py --out-dir {folder}`")
-    import base64, tiktoken
     try:
-        config = json.loads((folder / "config.json").read_text())
-        lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+        config = json.loads(config_file.read_text())
+        pairs = [line.split() for line in ranks_file.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         return tiktoken.Encoding("nanochat", pat_str=config["pat_str"], mergeable_ranks=ranks,
                                  special_tokens=config["special_tokens"])
-    except (ValueError, KeyError) as e:
-        sys.exit(f"the tokenizer in {folder} is damaged ({e}): delete the folder and run `python tok.py --out-dir {folder}`")
+    except (ValueError, KeyError, TypeError) as e:
+        sys.exit(f"the tokenizer in {folder} is damaged ({one_line(e)}): delete it and run "
+                 f"`python tok.py --out-dir {folder}`")
 
 
 def token_bytes(enc):
     """Bytes of each id, int64 (n_vocab,), 0 for special tokens: what bits per byte divides by."""
     special = set(enc._special_tokens.values())
-    return torch.tensor([0 if i in special else len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
+    return torch.tensor([0 if i in special else len(enc.decode_single_token_bytes(i))
+                         for i in range(enc.n_vocab)])
 
 
 def tokenizer_hash(enc):
-    """A short name for what the tokenizer does, so that a checkpoint tells which one it was trained with."""
-    import hashlib
-    text = repr((enc._pat_str, sorted(enc._mergeable_ranks.items()), sorted(enc._special_tokens.items())))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """A short name for what the tokenizer does: a checkpoint says with which one it was trained."""
+    ranks, special = sorted(enc._mergeable_ranks.items()), sorted(enc._special_tokens.items())
+    return hashlib.sha256(repr((enc._pat_str, ranks, special)).encode()).hexdigest()[:16]
 
 
-# Files
+# Files: they appear by rename, whole or not at all
 
-def sync_dir(folder):
-    import os
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def atomic_write(path, write):
-    """Makes the file `path` whole or not at all: `write` (bytes, str, or a function of the open file) goes to a temporary
-    name, is synced and renamed. Returns the sha256 of what was written. Disk full, read-only...: one line and exit."""
-    import hashlib, os, sys
-    from pathlib import Path
-    path, sha256 = Path(path), hashlib.sha256()
+def atomic_write(path, content):
+    """Writes bytes, a str, or what the function `content(file)` writes."""
+    path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    class Hashed:                                           # torch.save needs no more of a file than this
-        def __init__(self, file): self.file = file
-        def write(self, data): sha256.update(data); return self.file.write(data)
-        def flush(self): self.file.flush()
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, "wb") as f:
-            if callable(write):
-                write(Hashed(f))
+            if callable(content):
+                content(f)
             else:
-                Hashed(f).write(write.encode() if isinstance(write, str) else write)
+                f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
-        sync_dir(path.parent)
-    except (OSError, RuntimeError) as e:                    # torch.save turns a full disk into a RuntimeError
-        temp.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
-        cause = e if isinstance(e, OSError) else e.__context__ or e
-        sys.exit(f"cannot write {path}: {cause}; what was there before is untouched. Free some space or choose another folder (NANOCHAT_BASE_DIR)")
-    return sha256.hexdigest()
+    except (OSError, RuntimeError) as e:        # torch.save turns a full disk into a RuntimeError
+        temp.unlink(missing_ok=True)
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
-def append_record(file, record):
-    """Adds a line of JSON to an open file. A full disk: one line and exit."""
-    import json, sys
+def file_hash(path, git=False):
+    """The sha256 of a file, in hex. git: the sha1 that git has, and the hub for its small files."""
+    digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path)) if git else hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 24), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def lock_file(path, wait):
+    """Opens `path` and locks it until the file is closed or the process ends, however that happens.
+    Where another process has it: waits, or with wait=False raises BlockingIOError. Where the file
+    system knows no locks: a notice, and on without one."""
+    import fcntl
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
     try:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        sys.exit(f"cannot write {file.name}: {e.strerror}; earlier checkpoints are untouched")
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"{path}: this file system has no locks ({e.strerror}), so see to it that only one "
+              "process writes there", file=sys.stderr)
+    return file
 
 
-def lock(folder):
-    """Lets one run at a time write to `folder`. The lock goes with the process, however that ends (flock)."""
-    import fcntl, os, socket, sys
-    from pathlib import Path
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(Path(folder) / ".lock", "a+")
-    except OSError as e:
-        sys.exit(f"cannot write to {folder}: {e.strerror}; choose another folder with NANOCHAT_BASE_DIR")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        sys.exit(f"{folder} is in use by {file.read().strip() or 'another run'}: wait for it or stop it")
-    for half_written in Path(folder).glob(".*.tmp"):        # by a run that was killed
-        half_written.unlink(missing_ok=True)
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-    file.flush()
-    return file                                             # keep it: closing the file ends the lock
-
-
-# Checkpoints: model_, optim_ and loader_ files, then meta_*.json last, so that a meta file means a whole checkpoint
+# Checkpoints: model_, optim_, loader_ files, then meta_*.json: where that is, the others are whole
 
 def checkpoint_files(folder, step):
-    from pathlib import Path
-    return {name: Path(folder) / file for name, file in (
-        ("model", f"model_{step:06d}.pt"), ("optim", f"optim_{step:06d}_rank0.pt"),
-        ("loader", f"loader_{step:06d}.pt"), ("meta", f"meta_{step:06d}.json"))}
+    """The paths of a checkpoint's four files, by name."""
+    names = dict(model=f"model_{step:06d}.pt", optim=f"optim_{step:06d}_rank0.pt",
+                 loader=f"loader_{step:06d}.pt", meta=f"meta_{step:06d}.json")
+    return {part: Path(folder) / name for part, name in names.items()}
 
 
 def checkpoint_steps(folder):
-    """The steps of the whole checkpoints in `folder`, ascending."""
-    import re
-    from pathlib import Path
-    names = (re.fullmatch(r"meta_(\d{6,})\.json", p.name) for p in Path(folder).glob("meta_*.json"))
-    return sorted(int(m[1]) for m in names if m)
+    """The steps of the checkpoints in `folder`, ascending."""
+    names = [path.name for path in Path(folder).glob("meta_*.json")]
+    return sorted(int(name[5:-5]) for name in names if re.fullmatch(r"meta_\d{6,}\.json", name))
 
 
 def save_checkpoint(folder, step, model, optimizer, loader_state, meta, keep=()):
-    """Writes a checkpoint, then deletes the others but for the one before it and those of the steps in `keep`."""
-    import json, re
-    from pathlib import Path
+    """Writes a checkpoint, then deletes the others but the one before and the steps in `keep`."""
     files = checkpoint_files(folder, step)
-    parts = {"model": model.state_dict(), "optim": optimizer.state_dict(), "loader": loader_state}
-    meta["sha256"] = {files[name].name: atomic_write(files[name], lambda f: torch.save(part, f)) for name, part in parts.items()}
+    parts = dict(model=model.state_dict(), optim=optimizer.state_dict(), loader=loader_state)
+    for part, content in parts.items():
+        atomic_write(files[part], functools.partial(torch.save, content))
+    meta["sha256"] = {files[part].name: file_hash(files[part]) for part in parts}
     atomic_write(files["meta"], json.dumps(meta, indent=1))
-    kept = {*keep, *[s for s in checkpoint_steps(folder) if s <= step][-2:]}
-    for path in sorted(Path(folder).glob("*_*.*")):         # meta_ before model_ and optim_: never a meta without its files
-        number = re.fullmatch(r"(?:meta|model|optim|loader)_(\d{6,})(?:_rank0)?\.(?:pt|json)", path.name)
-        if number and int(number[1]) not in kept:
+    before = [s for s in checkpoint_steps(folder) if s < step][-1:]
+    names = " ".join(path.name for path in Path(folder).iterdir())
+    there = set(map(int, re.findall(r"(?:model|optim|loader|meta)_(\d{6,})", names)))
+    for old in there - {step, *before, *keep}:
+        for path in reversed(checkpoint_files(folder, old).values()):       # meta_ goes first
             path.unlink(missing_ok=True)
 
 
 def read_meta(folder, step):
-    import json
     return json.loads(checkpoint_files(folder, step)["meta"].read_text())
 
 
-def check_checkpoint(folder, step):
-    """Says in a few words what is wrong with a checkpoint, or "" where all its sha256 are as its meta file says."""
-    import hashlib
-    try:
-        meta = read_meta(folder, step)
-        for name, expected in meta.get("sha256", {}).items():
-            with open(checkpoint_files(folder, step)["meta"].with_name(name), "rb") as f:
-                sha256 = hashlib.sha256()
-                while block := f.read(1 << 24):
-                    sha256.update(block)
-                if sha256.hexdigest() != expected:
-                    return f"{name} is damaged (its sha256 is not the one in its meta file)"
-    except (OSError, ValueError) as e:
-        return str(e)
-    return ""
-
-
 def newest_checkpoint(folder, steps=None):
-    """The step of the newest undamaged checkpoint, None where there is none; damaged ones are named and passed over."""
-    import sys
-    for path in sorted(folder.glob("model_*.pt")):
-        if not path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json")).exists():
-            print(f"passing over {path}: it has no meta file, so its checkpoint was never finished (or lost its meta)", file=sys.stderr)
+    """The newest step (of `steps`) whose files all have the sha256 in its meta file, or None. A
+    damaged one is named on stderr and passed over."""
     for step in reversed(checkpoint_steps(folder) if steps is None else steps):
-        problem = check_checkpoint(folder, step)
+        try:
+            problem = ""
+            for name, expected in read_meta(folder, step).get("sha256", {}).items():
+                if file_hash(Path(folder) / name) != expected:
+                    problem = f"{name} is damaged (its sha256 is not the one in its meta file)"
+        except (OSError, ValueError, AttributeError) as e:
+            problem = one_line(e)
         if not problem:
             return step
-        print(f"passing over the checkpoint of step {step} in {folder}: {problem}", file=sys.stderr)
+        print(f"passing over step {step} in {folder}: {problem}", file=sys.stderr)
 
 
 def load_part(folder, step, part, device="cpu"):
-    """One file ("model", "optim" or "loader") of a checkpoint."""
+    """One file ("model", "optim" or "loader") of a checkpoint. Nothing in it is executed."""
     return torch.load(checkpoint_files(folder, step)[part], map_location=device, weights_only=True)
 
 
+def read_use_rope(folder, step):
+    """Whether the model of a checkpoint has RoPE. Never guessed: it is part of the model."""
+    use_rope = read_meta(folder, step).get("loop_state", {}).get("use_rope")
+    if not isinstance(use_rope, bool):
+        sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say if the model has RoPE: "
+                 "set loop_state.use_rope in it to true or false")
+    return use_rope
+
+
 def load_model(folder, step=None, device="cpu", dtype=torch.float32):
-    """The GPT of a checkpoint (the newest undamaged one) and its meta, use_rope included."""
-    import sys
-    from pathlib import Path
+    """The GPT of a checkpoint (the newest undamaged), RoPE on or off as it was, and its meta."""
     folder = Path(folder)
     step = newest_checkpoint(folder) if step is None else step
     if step is None:
         stage = "sft.py" if "chatsft" in str(folder) else "pretrain.py"
         sys.exit(f"no checkpoint in {folder}: make one with `python {stage} --tag {folder.name}`")
     meta = read_meta(folder, step)
-    use_rope = meta.get("loop_state", {}).get("use_rope")
-    if use_rope is None:
-        sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say whether the model has RoPE (loop_state.use_rope): add true or false")
-    model = GPT(GPTConfig(**meta["model_config"]), use_rope, dtype)
-    model.load_state_dict({k: v.float() for k, v in load_part(folder, step, "model").items()})
+    model = GPT(GPTConfig(**meta["model_config"]), read_use_rope(folder, step), dtype)
+    model.load_state_dict(load_part(folder, step, "model"))
     return model.to(device), meta
 
 
 # Downloads
 
-class FetchError(Exception):
-    """A file that could not be had, in one line."""
+class FetchError(SystemExit):
+    """A download that failed for good, in one line. Being a SystemExit, it passes `except
+    Exception`, and where nobody catches it, it ends the program with that line."""
+
+
+def retry(name, patience, attempt):
+    """attempt(), again and again for `patience` seconds, with pauses that grow and heed the
+    server's Retry-After. FetchError at the end, and at once where asking again is of no use."""
+    start, pause = time.time(), 1.0
+    while True:
+        try:
+            return attempt()
+        except Exception as e:                              # downloads fail in many ways
+            replies = [getattr(error, "response", None) for error in (e, e.__cause__)]
+            reply = next((r for r in replies if r is not None), None)
+            status = 0 if reply is None else reply.status_code
+            if status in (401, 403):
+                raise FetchError(f"{name}: the server answers {status}: it does not exist, or you "
+                                 "may not read it. A token that may goes into HF_TOKEN") from None
+            if 400 <= status < 500 and status not in (408, 429):
+                raise FetchError(f"{name}: {one_line(e)} ({status})") from None
+            if getattr(e, "errno", None) in DISK_ERRORS:
+                raise
+            asked = "" if reply is None else reply.headers.get("Retry-After", "")
+            wait = max(pause, float(asked)) if asked.isdigit() else pause
+            text = f"{name}: {one_line(e)}"
+            if time.time() - start + wait > patience:
+                raise FetchError(f"{text}. It did not come within {patience:.0f} s") from None
+            print(f"{text}; again in {wait:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(wait)
+            pause = min(2 * pause, 60.0)
 
 
 def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=None, patience=600):
-    """Downloads a file of a hub repository to the path `dest` through huggingface_hub, which heeds HF_ENDPOINT, HF_TOKEN and
-    proxies, and checks the hub's own hash (huggingface_hub does not). Tries again, with pauses that grow and heed Retry-After,
-    for `patience` seconds; then raises FetchError. Several processes may ask for one file: it is fetched once."""
-    import fcntl, hashlib, os, shutil, sys, time
-    from pathlib import Path
-    dest = Path(dest)
-    if dest.exists():
-        return dest
+    """Downloads a file of a hub repository to `dest`, unless it is there; returns the path. Beyond
+    what huggingface_hub does, it compares the hub's own hash (for a small file git's, 40 digits),
+    tries again, and downloads a file once when several processes want it. sha256: the hash, if
+    known; the hub also sends it, as the file's etag."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    part = dest.parent / ".part" / dest.name                # a folder: huggingface_hub keeps its own files in it
-    part.mkdir(parents=True, exist_ok=True)
-    with open(dest.parent / ".part" / f"{dest.name}.lock", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        start, pause = time.time(), 1.0
-        while not dest.exists():
-            try:
-                if sha256 is None:
-                    etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, repo_type=repo_type, revision=revision)).etag
-                    sha256 = etag if len(etag) == 64 else "git:" + etag     # small files have git's hash only
-                got = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, revision=revision, local_dir=part))
-                if sha256.startswith("git:"):
-                    digest = hashlib.sha1(b"blob %d\0" % got.stat().st_size)
-                else:
-                    digest = hashlib.sha256()
-                with open(got, "rb+") as f:
-                    while block := f.read(1 << 22):
-                        digest.update(block)
-                    os.fsync(f.fileno())
-                if digest.hexdigest() != sha256.removeprefix("git:"):
-                    shutil.rmtree(part)
-                    raise OSError("damaged on the way: its hash is not the hub's")
-                os.replace(got, dest)
-                shutil.rmtree(part)
-            except Exception as e:                          # the many ways in which a download fails
-                absent = isinstance(e, (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError))
-                if absent and not isinstance(e, LocalEntryNotFoundError):       # the latter means: no connection
-                    raise FetchError(f"the hub has no {filename} in {repo_id} (revision {revision}): {type(e).__name__}") from None
-                if isinstance(e, OSError) and e.errno in (28, 30, 13, 122):     # full, read-only, not allowed, quota
-                    raise FetchError(f"cannot write {dest}: {e.strerror}") from None
-                headers = getattr(getattr(e, "response", None), "headers", None) or {}
-                asked = headers.get("Retry-After", "")
-                wait = max(pause, float(asked)) if asked.isdigit() else pause
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
-                if time.time() - start + wait > patience:
-                    raise FetchError(f"{filename} of {repo_id} could not be fetched in {patience:.0f} s: {reason}") from None
-                print(f"fetching {filename}: {reason}; again in {wait:.0f} s", file=sys.stderr, flush=True)
-                time.sleep(wait)
-                pause = min(2 * pause, 60.0)
+    where = dict(repo_type=repo_type, revision=revision)
+    dest = Path(dest)
+    part = dest.parent / ".part" / dest.name        # a folder: huggingface_hub keeps its own files
+
+    def attempt():
+        expected = sha256 or get_hf_file_metadata(hf_hub_url(repo_id, filename, **where)).etag
+        got = hf_hub_download(repo_id, filename, local_dir=part, **where)
+        damaged = file_hash(got, git=len(expected) == 40) != expected
+        if not damaged:
+            os.replace(got, dest)
+        shutil.rmtree(part)
+        if damaged:
+            raise ValueError("damaged on the way: its hash is not the hub's")
+
+    if not dest.exists():
+        with lock_file(part.with_name(f"{dest.name}.lock"), wait=True):
+            if not dest.exists():
+                retry(f"{filename} of {repo_id}", patience, attempt)
     return dest
 
 
-# Processes and devices
+def fetch_url(url, dest, patience=600, check=None):
+    """Downloads a plain file to `dest`, unless it is there; returns the path. check(bytes) says
+    what is wrong with what came, or ""."""
+    import requests
+
+    def attempt():
+        reply = requests.get(url, timeout=30)
+        reply.raise_for_status()
+        problem = check(reply.content) if check else ""
+        if problem:
+            raise ValueError(problem)
+        atomic_write(dest, reply.content)
+
+    if not Path(dest).exists():
+        retry(url, patience, attempt)
+    return Path(dest)
+
+
+# Devices and processes
 
 @dataclass
 class Env:
-    """Where a process runs. rank 0 of `world` processes writes, logs and downloads."""
+    """Where a process runs. Rank 0 of the `world` processes downloads, reads, writes and logs."""
     rank: int
     world: int
     device: torch.device
-    dtype: torch.dtype                                      # of activations
-    peak_flops: float | None                                # of the device in that dtype, dense, where known
+    dtype: torch.dtype                  # of activations
+    peak_flops: float | None            # of the device in bfloat16, dense, where known
+    compile: bool = False               # use torch.compile
+    micro: int = 1                      # rows that go through the model at a time
 
 
-def setup_env(dtype=""):
-    """Device, dtype and, under torchrun, the process group (NCCL on GPUs, else gloo)."""
-    import datetime, os
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}   # bfloat16, dense, of the SXM boards
+
+
+def setup_env(compile=None):
+    """Device, dtype and, under torchrun, the process group (NCCL on GPUs, else gloo). compile: 1 or
+    0, or None: on a GPU. Exits where there is a GPU that torch cannot use."""
+    check_driver()
+    bf16, peak = False, None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         name = torch.cuda.get_device_name(device)
-        peak = 989e12 if "H100" in name or "H200" in name else 312e12 if "A100" in name else None
+        peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a V100 only emulates it
     else:
-        mps = torch.backends.mps.is_available() and "RANK" not in os.environ        # gloo has no tensors of MPS
-        device, peak = torch.device("mps" if mps else "cpu"), None
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = getattr(torch, dtype) if dtype else torch.bfloat16 if bf16 else torch.float32
+        mps = torch.backends.mps.is_available() and "RANK" not in os.environ    # gloo has no MPS
+        device = torch.device("mps" if mps else "cpu")
+    compile = device.type == "cuda" if compile is None else bool(compile)
+    if device.type == "cuda" and compile:
+        check_compiler()
+    env = Env(0, 1, device, torch.bfloat16 if bf16 else torch.float32, peak, compile)
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-        return Env(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, dtype, peak)
-    return Env(0, 1, device, dtype, peak)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        atexit.register(torch.distributed.destroy_process_group)
+        env.rank, env.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return env
 
 
-class StopRequest:
-    """True once SIGTERM, SIGUSR1 (a scheduler's warning) or Ctrl-C came; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        import signal
-        self.signal = None
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(s, self.take)
-
-    def take(self, number, frame):
-        import signal
-        self.signal = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __bool__(self):
-        return self.signal is not None
+def check_driver(driver_file="/proc/driver/nvidia/version"):
+    """Exits where torch has CUDA and the machine a GPU, but its driver is too old for it: otherwise
+    hours of training would start on the CPU. An empty CUDA_VISIBLE_DEVICES asks for the CPU."""
+    usable = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if torch.version.cuda is None or usable or not os.path.exists(driver_file):
+        return
+    driver = re.search(r"\b\d{3}\.[\d.]+", Path(driver_file).read_text())
+    wanted = {"12": "525", "13": "580"}.get(torch.version.cuda.split(".")[0], "a newer one")
+    sys.exit(f"this machine has an NVIDIA GPU that torch cannot use: the driver is "
+             f"{driver[0] if driver else 'unknown'}, and torch {torch.__version__} (CUDA "
+             f"{torch.version.cuda}) wants {wanted} or newer. For drivers from 525: `pip install "
+             "torch --index-url https://download.pytorch.org/whl/cu126`. To use the CPU, put "
+             "CUDA_VISIBLE_DEVICES= before the command")
 
 
-def set_fp8(model, device):
+def check_compiler():
+    """Exits where Triton lacks what it builds its launcher with, before anything is downloaded."""
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = []
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        missing.append("a C compiler (Debian: gcc)")
+    if not header.exists():
+        missing.append(f"{header} (Debian: python3-dev)")
+    if missing:
+        sys.exit(f"torch.compile needs {' and '.join(missing)}: install that, or add --compile 0, "
+                 "which is much slower")
+
+
+def compile_model(model, env):
+    """torch.compile of model and loss in one graph, if env says so. One graph for training and one
+    for validation, with and without RoPE, for each number of rows: more than torch's limit of 8."""
+    if not env.compile:
+        return model
+    torch._dynamo.config.recompile_limit = 32
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
+def set_fp8(model, env):
     """Float8 for the matmuls of the blocks (not the head); exits where the device has none."""
-    import sys
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        sys.exit(f"--fp8 needs a GPU with float8 matmuls (H100 or newer), not {device.type}: leave it out")
+    if env.device.type != "cuda" or torch.cuda.get_device_capability(env.device) < (8, 9):
+        sys.exit(f"--fp8 needs a GPU with float8 matmuls (H100 or newer), not {env.device.type}: "
+                 "leave it out")
     for module in model.transformer.h.modules():
         if isinstance(module, Linear):
             module.fp8 = True
 
 
 def attention_kernel(env, config):
-    """Asks for cuDNN's attention first, then flash, for the rest of the process; returns the name of what will be used."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    if env.device.type == "cuda":
-        sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-                    set_priority=True).__enter__()
+    """The name of the attention kernel that torch chooses. A notice if a Hopper could do better."""
     if env.device.type == "mps":
         return "MPS"
-    q = torch.empty(1, config.n_head, config.sequence_len, config.n_embd // config.n_head, device=env.device, dtype=env.dtype)
-    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    shape = (1, config.n_head, config.sequence_len, HEAD_DIM)
+    q = torch.empty(shape, device=env.device, dtype=env.dtype)
+    name = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    hopper = env.device.type == "cuda" and torch.cuda.get_device_capability(env.device)[0] == 9
+    if hopper and name != "CUDNN_ATTENTION" and env.rank == 0:
+        print(f"attention is {name}: cuDNN's makes training about 13% faster on this GPU. A newer "
+              "torch has it; TORCH_CUDNN_SDPA_PREFERRED must not be 0", file=sys.stderr)
+    return name
 
 
 def any_process(flag, env):
@@ -654,48 +766,68 @@ def any_process(flag, env):
     return bool(flag)
 
 
-def try_compile(model, device, wanted):
-    """torch.compile of model and loss in one graph; without it where it is not wanted or there is no compiler."""
-    import shutil, sys
-    if not wanted:
-        return model
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))) or device.type == "mps" or sys.platform == "win32":
-        print("torch.compile is left out: no C++ compiler here" if device.type == "cpu" else f"torch.compile is left out on {device.type}", file=sys.stderr)
-        return model
-    torch._dynamo.config.recompile_limit = 32               # a graph for training and for validation, with and without RoPE, and for the
-    return torch.compile(model, fullgraph=True, dynamic=False)      # sizes of last batches; each of a fixed shape
+def from_rank_0(value, env):
+    """A small Python value of rank 0, on all processes."""
+    values = [value]
+    if env.world > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
-def broadcast(tensor, env, shape, dtype):
-    """Rank 0's tensor on every process' device."""
-    tensor = tensor.to(env.device, non_blocking=True) if env.rank == 0 else torch.empty(shape, dtype=dtype, device=env.device)
+def rows_from_rank_0(rows, env):
+    """Rank 0's int32 array (elsewhere None) on the device of every process, as int64."""
+    shape = from_rank_0(None if rows is None else rows.shape, env)
+    tensor = torch.empty(shape, dtype=torch.int32) if rows is None else torch.from_numpy(rows)
+    tensor = tensor.to(env.device).contiguous()             # what is broadcast is the memory
     if env.world > 1:
         torch.distributed.broadcast(tensor, 0)
-    return tensor
+    return tensor.long()
 
 
-def accumulate_gradients(model, inputs, targets, micro, env):
-    """Gradients of the mean loss over the counted targets (not -1) of a whole batch of rows, (rows, T) each, the same on
-    all processes; every process runs its share of the rows, `micro` at a time. Returns the mean loss, a tensor."""
-    counted = (targets != -1).sum().clamp(min=1)            # of the whole batch: no micro-batch can divide by zero
-    share = len(inputs) // env.world
+# Gradients and validation
+
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
+
+
+def rows_at_a_time(env, rows, T, most=None):
+    """How many of a step's rows of T tokens go through the model at a time on each process: a
+    divisor of its share, at most `most`. If that is not given, 16 x 4,096 tokens on a GPU, where
+    too many are halved (see accumulate_gradients), and 4,096 tokens elsewhere, where running out of
+    memory ends the program (d18 takes 11.6 GB so)."""
+    most = most or max(1, (16 if env.device.type == "cuda" else 1) * 4096 // T)
+    return largest_divisor(rows // env.world, most)
+
+
+def backward(model, x, y, micro, counted):
+    """Adds the gradients of sum of losses / counted, `micro` rows at a time; returns that loss."""
+    total = 0.0
+    for xs, ys in zip(x.split(micro), y.split(micro)):
+        loss = model(xs, ys) / counted
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def accumulate_gradients(model, x, y, env):
+    """Gradients of the mean loss over the counted targets (not -1) of a whole batch: inputs and
+    targets, (rows, T) each, the same on all processes; each runs its share. Returns the loss.
+
+    Where a device runs out of memory, all processes go on with half as many rows at a time."""
+    counted = (y != -1).sum().clamp(min=1)                  # of the whole batch: never 0
+    share = len(x) // env.world
     mine = slice(env.rank * share, (env.rank + 1) * share)
-    loss = torch.zeros((), device=env.device)
-    # In place of each weight of the blocks stands a copy in the activations' dtype: made once, it collects the micro-batch's gradient
-    linears = [m for m in model.transformer.h.modules() if isinstance(m, Linear) and model.dtype != m.weight.dtype]
-    try:
-        for m in linears:
-            m.cast = m.weight.detach().to(model.dtype).requires_grad_()
-        for x, y in zip(inputs[mine].split(micro), targets[mine].split(micro)):
-            part = model(x, y) / counted
-            part.backward()
-            loss += part.detach()
-            for m in linears:                               # the sum over the micro-batches is in float32
-                m.weight.grad = m.cast.grad.float() if m.weight.grad is None else m.weight.grad.add_(m.cast.grad)
-                m.cast.grad = None
-    finally:
-        for m in linears:
-            m.cast = None
+    while True:
+        loss = None
+        try:
+            loss = backward(model, x[mine], y[mine], env.micro, counted)
+        except torch.OutOfMemoryError:
+            pass                        # handled below: the exception keeps its tensors alive
+        if not any_process(loss is None, env):
+            break
+        model.zero_grad()
+        halve_rows(env, share)
     if env.world > 1:
         for p in model.parameters():
             torch.distributed.all_reduce(p.grad)
@@ -703,19 +835,272 @@ def accumulate_gradients(model, inputs, targets, micro, env):
     return loss
 
 
+def halve_rows(env, share):
+    """After a device ran out of memory: half as many rows at a time, or exit where it was one."""
+    if env.micro == 1:
+        sys.exit(f"{env.device} has too little memory for one row at a time: take a smaller "
+                 "--max-seq-len or --depth")
+    was, env.micro = env.micro, largest_divisor(share, env.micro // 2)
+    if env.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if env.rank == 0:
+        print(f"out of memory with {was} rows at a time: the step is done again with {env.micro} "
+              f"(--device-batch-size {env.micro})", flush=True)
+
+
 @torch.no_grad()
-def bits_per_byte(model, batches, nbytes, env):
-    """Bits per byte of the targets of `batches`, an iterable of (inputs, targets) that is the same on all processes; each
-    takes every world-th batch. nbytes: bytes of each id; targets of 0 bytes (special) and -1 are not counted."""
-    total = torch.zeros(2, dtype=torch.float64 if env.device.type != "mps" else torch.float32)     # nats, bytes
-    for i, (x, y) in enumerate(batches):
+def bits_per_byte(model, rows, nbytes, env, heed_stop):
+    """Bits per byte of the targets of rank 0's rows, int32 (2, n, T), inputs and targets; nan where
+    there are none. nbytes: bytes of each id; special tokens (0 bytes) and -1 do not count. Each
+    micro-batch is the work of one process in turn; before each, heed_stop() is called."""
+    precise = torch.float32 if env.device.type == "mps" else torch.float64      # MPS has no float64
+    total = torch.zeros(2, dtype=precise, device=env.device)                    # nats, bytes
+    for i in range(from_rank_0(rows is not None and -(-rows.shape[1] // env.micro), env)):
+        heed_stop()
+        some = None if rows is None else rows[:, i * env.micro:(i + 1) * env.micro]
+        x, y = rows_from_rank_0(some, env)
         if i % env.world == env.rank:
-            y = y.to(env.device)
             size = nbytes[y.clamp(min=0)] * (y != -1)       # (B, T)
-            losses = model(x.to(env.device), y, reduction="none") * (size > 0)
-            total += torch.stack([losses.sum().double() if total.dtype == torch.float64 else losses.sum(), size.sum()]).to(total)
+            nats = model(x, y, reduction="none") * (size > 0)
+            total += torch.stack((nats.to(precise).sum(), size.sum()))
     if env.world > 1:
-        total = total.to(env.device)
         torch.distributed.all_reduce(total)
     nats, size = total.tolist()
     return nats / (math.log(2) * size) if size else float("nan")
+
+
+# A run: what both training loops need around their steps
+
+class Run:
+    """A training run and its folder: lock, starting point, batches, metrics.jsonl, requests to
+    stop, and checkpoints.
+
+    Checkpoint s holds what s steps have made, and nothing of the next one. end_of_step(s) notes it.
+    It is saved when that is due, or when the run has to end before the next step is done, because
+    it was asked to or because there are no data. (The weights change only between next_batch() and
+    end_of_step(), where nothing is saved, so they are still those of the note.) A resumed run does
+    all of the next step, the switch too, and ends with the same tensors: to the bit on a CPU, to
+    rounding on a GPU, where sums have no fixed order."""
+
+    def __init__(self, folder, cfg, recipe, env):
+        """Locks the folder and finds its newest checkpoint. recipe: names and values that must be
+        those of the checkpoint. env: see setup_env."""
+        self.folder, self.cfg, self.recipe, self.env = Path(folder), cfg, recipe, env
+        self.source, self.step, self.meta = None, 0, {}
+        newest = None
+        if env.rank == 0:
+            try:
+                self.lock = lock_file(self.folder / ".lock", wait=False)
+            except BlockingIOError:
+                sys.exit(f"{folder} is in use by another run: wait for it or stop it")
+            for half_written in self.folder.glob(".*.tmp"):         # by a run that was killed
+                half_written.unlink(missing_ok=True)
+            newest = newest_checkpoint(self.folder)
+        newest = from_rank_0(newest, env)
+        if newest is not None:
+            self.start_from(self.folder, newest)
+            different = self.difference(self.meta)
+            if different:
+                sys.exit(f"{folder} was trained with {different}. Use the same, or for a new run "
+                         "another --tag or NANOCHAT_BASE_DIR")
+
+    def difference(self, meta, but=()):
+        """How a checkpoint's recipe differs from this run's (fields in `but` aside), or ""."""
+        if "recipe" not in meta:
+            return "other code, which does not say all that a resumed run needs; sft.py can use it"
+        for field, now in self.recipe.items():
+            then = meta["recipe"].get(field)
+            if then != now and field not in but:
+                return f"{field} = {then}, not {now}"
+        return ""
+
+    def start_from(self, folder, step):
+        """The starting point: a checkpoint of this run, or one of the run that it branches off."""
+        self.source, self.step, self.meta = Path(folder), step, read_meta(folder, step)
+
+    def loader_state(self):
+        """What the stream of batches needs to go on from the starting point, or None."""
+        return load_part(self.source, self.step, "loader") if self.source else None
+
+    def start(self, model, optimizer, stream, rows, keep=(), **facts):
+        """Loads the starting point (weights, optimizer, RoPE on or off), begins to make batches.
+        model: not the compiled one. stream, on rank 0: batch(rows) -> int32 (2, rows, T), inputs
+        and targets, or sys.exit(why not); state() -> what resumes it. facts: more for the meta."""
+        self.model, self.optimizer, self.keep, self.facts = model, optimizer, keep, facts
+        self.loop = dict(min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0)
+        self.val_bpb, self.done = self.meta.get("val_bpb"), self.meta.get("done", 0.0)
+        if self.source:
+            load_weights(model, optimizer, self.source, self.step, self.env.device)
+            self.loop = self.meta["loop_state"]
+            self.say(f"resuming from step {self.step} of {self.source}")
+        self.position = None            # of the stream, after the last batch that next_batch() gave
+        if self.env.rank == 0:
+            self.open_metrics()
+            self.position, self.batches = stream.state(), queue.Queue(maxsize=1)
+            threading.Thread(target=self.make_batches, args=(stream, rows), daemon=True).start()
+        self.started, self.done_at_start, self.saved = time.time(), self.done, self.step
+        self.note(self.step)
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.take_signal)
+
+    def open_metrics(self):
+        """metrics.jsonl as it was when the checkpoint was made, to add to."""
+        before = b""
+        if self.source:
+            before = (self.source / "metrics.jsonl").read_bytes()[:self.meta["metrics_bytes"]]
+        atomic_write(self.folder / "metrics.jsonl", before)
+        self.metrics = open(self.folder / "metrics.jsonl", "a")
+
+    def make_batches(self, stream, rows):
+        """The loader's thread: makes the next batch while a step is computed. It is a daemon, so it
+        never keeps the program from ending."""
+        batch = problem = None
+        while problem is None:
+            try:
+                batch = stream.batch(rows)
+            except SystemExit as e:                         # a line that a user can act on
+                batch, problem = None, str(e)
+            except BaseException as e:
+                batch, problem = None, f"the loader failed: {one_line(e)}"
+                if getattr(e, "errno", None) in DISK_ERRORS:
+                    problem = cannot_write(e)
+                else:
+                    traceback.print_exc()
+            self.batches.put((batch, problem, stream.state()))
+
+    def next_batch(self):
+        """Inputs and targets of the next step, int64 (rows, T) each, the same on all processes. If
+        there are none, saves what was noted and ends the program."""
+        self.step_began, ready = time.time(), False
+        batch = problem = None
+        while not ready:
+            self.heed_stop()
+            try:
+                if self.env.rank == 0:
+                    batch, problem, position = self.batches.get(timeout=0.5)
+                    ready = True
+            except queue.Empty:
+                pass
+            ready, problem = from_rank_0((ready, problem), self.env)
+        self.waited = time.time() - self.step_began
+        if problem:
+            self.save()
+            self.end(problem, 1)
+        if self.env.rank == 0:
+            self.position = position
+        return rows_from_rank_0(batch, self.env)
+
+    def end_of_step(self, step, loss, done, **record):
+        """After a step, `step` being the number of steps done: prints and logs it, saves when that
+        is due, ends the program if it was asked to stop. loss: a tensor. done: what part of the run
+        is done, 0 to 1."""
+        loss = loss.item()                                  # the step's one wait for the device
+        if not math.isfinite(loss):
+            self.not_finite(f"the loss of step {step} is {loss}")
+        seconds, self.done = time.time() - self.step_began, done
+        self.loop["total_training_time"] += seconds
+        self.loop["smooth_train_loss"] = 0.9 * self.loop["smooth_train_loss"] + 0.1 * loss
+        smooth = self.loop["smooth_train_loss"] / (1 - 0.9 ** step)
+        factor = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["initial_lr"]
+        speed = self.cfg.total_batch_size / seconds
+        flops = speed * self.model.flops_per_token() / self.env.world
+        mfu = f" | mfu {100 * flops / self.env.peak_flops:.1f}%" if self.env.peak_flops else ""
+        left = (time.time() - self.started) / (done - self.done_at_start) * (1 - done)
+        left = datetime.timedelta(seconds=round(left))
+        self.say(f"step {step:05d} | {100 * done:5.1f}% | loss {smooth:.4f} | lr {factor:.3f} | "
+                 f"{speed:,.0f} tok/s{mfu} | {seconds:.2f} s | left {left}")
+        self.log(step=step, loss=loss, lr_factor=factor, use_rope=self.model.use_rope,
+                 tokens=step * self.cfg.total_batch_size, seconds=seconds, waited=self.waited,
+                 **record)
+        self.note(step)
+        if done < 1:
+            if step % self.cfg.save_every == 0 or step in self.keep:
+                self.save()
+            self.heed_stop()
+
+    def validated(self, step, val_bpb, tokens):
+        """Prints and logs a validation on so many tokens."""
+        self.val_bpb = val_bpb
+        self.loop["min_val_bpb"] = min(self.loop["min_val_bpb"], val_bpb)
+        self.say(f"step {step:05d} | val bpb {val_bpb:.4f} on {tokens:,} tokens, "
+                 f"RoPE {'on' if self.model.use_rope else 'off'}")
+        self.log(step=step, val_bpb=val_bpb, eval_tokens=tokens, use_rope=self.model.use_rope)
+
+    def say(self, text):
+        """Prints on rank 0."""
+        if self.env.rank == 0:
+            print(text, flush=True)
+
+    def log(self, **record):
+        """Adds a line to metrics.jsonl."""
+        if self.env.rank == 0:
+            self.metrics.write(json.dumps(record) + "\n")
+            self.metrics.flush()
+
+    def take_signal(self, number, frame):
+        """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C ask the run to stop. Ctrl-C after any
+        of them does not wait."""
+        if number == signal.SIGINT and self.signal:
+            sys.exit("interrupted")
+        if self.signal is None and self.env.rank == 0:
+            os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+        self.signal = signal.Signals(number).name
+
+    def heed_stop(self):
+        """Saves and ends the run where any process was asked to stop."""
+        if any_process(self.signal, self.env):
+            self.save()
+            self.end(f"{self.signal or 'a signal to another process'}", INTERRUPTED)
+
+    def end(self, why, status):
+        """Ends the program before the run is done."""
+        if self.env.rank == 0:
+            print(f"stopped at step {self.noted['step']}: {why}. The same command resumes from "
+                  f"step {self.saved}", file=sys.stderr)
+        sys.exit(status)
+
+    def note(self, step):
+        """Remembers all that checkpoint `step` holds beside the weights and the optimizer."""
+        self.noted = dict(step=step, val_bpb=self.val_bpb, done=self.done,
+                          loop_state={**self.loop, "use_rope": self.model.use_rope})
+        if self.env.rank == 0:
+            self.noted["metrics_bytes"], self.noted_position = self.metrics.tell(), self.position
+
+    def save(self, **more):
+        """Writes the checkpoint that was noted, unless it is there already."""
+        step = self.noted["step"]
+        if step == self.saved and not more:
+            return
+        if self.env.rank == 0:
+            for name, p in self.model.named_parameters():
+                if not torch.isfinite(p).all():
+                    self.not_finite(f"at step {step} {name} is not finite")
+            os.fsync(self.metrics.fileno())
+            position = {k: v for k, v in self.noted_position.items() if not torch.is_tensor(v)}
+            meta = dict(model_config=dataclasses.asdict(self.model.config), recipe=self.recipe,
+                        dataloader_state_dict=position,
+                        user_config=dataclasses.asdict(self.cfg), max_seq_len=self.cfg.max_seq_len,
+                        total_batch_size=self.cfg.total_batch_size, processes=self.env.world,
+                        device_batch_size=self.env.micro, finished=False, **self.noted)
+            save_checkpoint(self.folder, step, self.model, self.optimizer, self.noted_position,
+                            {**meta, **self.facts, **more}, self.keep)
+        self.saved = step
+
+    def finish(self, **more):
+        """The last checkpoint, marked as finished."""
+        self.note(self.noted["step"])
+        self.save(finished=True, **more)
+        self.say(f"finished: {self.folder}, val bpb {self.val_bpb:.4f}, "
+                 f"{self.loop['total_training_time'] / 60:.1f} minutes of training")
+
+    def not_finite(self, what):
+        sys.exit(f"{what}. The same command resumes from the last checkpoint (step {self.saved}), "
+                 "or begin anew with lower learning rates")
+
+
+def load_weights(model, optimizer, folder, step, device):
+    """Loads model and optimizer in place, and with them whether the model has RoPE."""
+    model.load_state_dict(load_part(folder, step, "model", device))
+    optimizer.load_state_dict(load_part(folder, step, "optim", device))
+    model.use_rope = read_use_rope(folder, step)
