@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from model import (GPT, FetchError, GPTConfig, Run, accumulate_gradients, atomic_write,
                    attention_kernel, base_dir, bits_per_byte, checkpoint_files, checkpoint_steps,
                    compile_model, fetch, fetch_url, file_hash, from_rank_0, guard, load_tokenizer,
-                   load_weights, log_head, newest_checkpoint, parse_config, read_meta,
-                   rows_at_a_time, set_fp8, setup_env, token_bytes, tokenizer_hash)
+                   load_weights, log_head, newest_checkpoint, one_line, parse_config,
+                   read_meta, rows_at_a_time, set_fp8, setup_env, token_bytes, tokenizer_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -147,7 +147,7 @@ def hub_rows(config, repo, name, n_files, to_messages):
         try:
             tables.append(pq.read_table(path))
         except (pa.ArrowException, OSError) as e:
-            sys.exit(f"{path} is damaged ({str(e).splitlines()[0]:.100}): "
+            sys.exit(f"{path} is damaged ({one_line(e)}): "
                      "delete it and run again, it is fetched anew")
     table = pa.concat_tables(tables)
     order = np.random.default_rng(42).permutation(len(table))
