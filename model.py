@@ -590,8 +590,8 @@ def retry(name, patience, attempt):
             reply = next((r for r in replies if r is not None), None)
             status = 0 if reply is None else reply.status_code
             if status in (401, 403):
-                raise FetchError(f"{name}: the server answers {status}: it does not exist, or you "
-                                 "may not read it. A token that may goes into HF_TOKEN") from None
+                raise FetchError(f"{name}: the server answers {status}: it does not exist, or the "
+                                 "token in HF_TOKEN may not read or write it") from None
             if 400 <= status < 500 and status not in (408, 429):
                 raise FetchError(f"{name}: {one_line(e)} ({status})") from None
             if getattr(e, "errno", None) in DISK_ERRORS:

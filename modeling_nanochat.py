@@ -5,16 +5,12 @@
     model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 
-export_hf.py puts a copy beside each exported model. The mathematics is that of model.py, read again
-with what transformers adds: a key-value cache, padding, exchangeable attention kernels, and the
-outputs that its trainers and generators know. Runs on transformers 4.57 and 5.x.
-
-One switch sets this model apart: config.use_rope. True: q and k are rotated by their positions
-(RoPE, arXiv:2104.09864). False: no positional embedding at all (DroPE, arXiv:2512.12167), so no
-length is out of its range. Left out: dropout, biases, scaled RoPE, tied embeddings.
+The mathematics of model.py, with what transformers (4.57, 5.x) adds: a key-value cache, padding,
+exchangeable kernels, and outputs for its trainers and generators. config.use_rope sets it apart.
+True: q and k are rotated by their positions (RoPE, arXiv:2104.09864). False: no positional
+embedding at all (DroPE, arXiv:2512.12167). Left out: dropout, biases, scaled RoPE, tied embeddings.
 """
 import inspect
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -28,6 +24,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
+try:
+    from transformers.utils.output_capturing import capture_outputs
+except ImportError:                                         # 4.57
+    from transformers.utils.generic import check_model_inputs as capture_outputs
 
 # What the versions name differently: the arguments of the mask, and the cache (since 5.24)
 MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
@@ -36,21 +36,17 @@ CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 # ---- Configuration -------------------------------------------------------------------------------
 
-DEFAULTS = dict(                        # of d18
+DEFAULTS = dict(                        # of d18, which was trained on 4096 tokens at a time
     vocab_size=32768, hidden_size=1152, intermediate_size=3072, num_hidden_layers=18,
-    num_attention_heads=9, num_key_value_heads=None, head_dim=128, rms_norm_eps=1e-6,
-    hidden_act="swiglu", use_rope=True, logn_scale=0.0, final_logit_softcapping=15.0,
-    max_position_embeddings=32768, original_max_position_embeddings=4096,   # the training length
-    bos_token_id=32759, eos_token_id=32759, pad_token_id=32759, use_cache=True,
-    tie_word_embeddings=False)
+    num_attention_heads=9, head_dim=128, rms_norm_eps=1e-6, hidden_act="swiglu", use_rope=True,
+    logn_scale=0.0, final_logit_softcapping=15.0, max_position_embeddings=32768,
+    original_max_position_embeddings=4096, use_cache=True, tie_word_embeddings=False)
 
 
 class NanoChatConfig(PretrainedConfig):
-    """What config.json holds: DEFAULTS and rope_parameters.
-
-    hidden_act is "swiglu". Other exports of this model say "silu", which is read too; but
-    transformers 5 has a nanochat class of its own with another MLP, and the name makes that class
-    refuse our files instead of misreading them."""
+    """What config.json holds: DEFAULTS and rope_parameters. hidden_act is "swiglu" (other exports
+    say "silu"): transformers 5 has a nanochat class of its own with another MLP, and the name makes
+    that class refuse our files instead of misreading them."""
 
     model_type = "nanochat"
     keys_to_ignore_at_inference = [CACHE]
@@ -63,43 +59,38 @@ class NanoChatConfig(PretrainedConfig):
 
     def __init__(self, rope_parameters=None, **kwargs):
         values = {**DEFAULTS, **kwargs}
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = values["num_attention_heads"]
-        for name in DEFAULTS:
-            setattr(self, name, values[name])
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        for name, value in values.items():
+            setattr(self, name, value)
         plain = {"rope_type": "default", "rope_theta": 100000.0}
         self.rope_parameters = {**plain, **(rope_parameters or {})}
         super().__init__(**values)
 
     def refuse_what_is_not_computed(self):
-        """ValueError, one line, for a setting that would be ignored. The model asks, not __init__:
-        what a user overrides in from_pretrained() is set afterwards."""
+        """Asked by the model, as from_pretrained(name=value) sets values only after __init__."""
         known = {"hidden_act": ("swiglu", "silu"), "tie_word_embeddings": (False,),
                  "use_rope": (True, False), "rope_scaling": (None,), "rope_theta": (None,)}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: this model knows only {values}")
-        rope = dict(self.rope_parameters or {})
-        kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta", None)
+        rope = {"rope_type": "default", **(self.rope_parameters or {})}
         rope.pop("original_max_position_embeddings", None)      # some servers put it there
-        if kind != "default" or rope or not isinstance(theta, (int, float)):
-            raise ValueError(f"rope_parameters={self.rope_parameters}: this model knows only "
-                             'rope_type "default" and a rope_theta')
+        if set(rope) != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
+            raise ValueError(f"rope_parameters={rope}: this model knows only a plain rope_theta")
 
 
 # ---- The layers ----------------------------------------------------------------------------------
 # Shapes: B rows of T new tokens, S tokens with those in the cache, n_head heads of head_dim
 
 def norm(x, eps):
-    """RMSNorm without weights over the last dimension (arXiv:1910.07467). A function, not a module:
-    there is nothing to learn, and servers that exchange ...RMSNorm modules expect weights."""
+    """RMSNorm without weights (arXiv:1910.07467). A function: servers exchange RMSNorm modules for
+    their own, which expect weights."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 def rotary_tables(position_ids, config, dtype):
-    """position_ids (B, T) -> cos and sin of position x frequency, (B, 1, T, head_dim/2) each.
-
-    Computed in each forward pass, in float32: transformers 5 would not load a buffer."""
+    """position_ids (B, T) -> cos and sin of position x frequency, (B, 1, T, head_dim/2) each; in
+    each forward pass, in float32: transformers 5 would not load a buffer."""
     theta, head_dim = config.rope_parameters["rope_theta"], config.head_dim
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[:, None, :, None].float() * theta ** (-powers / head_dim)
@@ -136,10 +127,8 @@ class NanoChatAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.head_dim, C = config.head_dim, config.hidden_size
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim ** -0.5
-        n_q, n_kv = config.num_attention_heads, config.num_key_value_heads
+        C, n_q, n_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.num_key_value_groups = config.head_dim, n_q // n_kv
         self.q_proj = linear(C, n_q * self.head_dim, C ** -0.5)
         self.k_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
         self.v_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
@@ -147,9 +136,8 @@ class NanoChatAttention(nn.Module):
 
     def forward(self, x, rotary, scale, attention_mask, cache, cache_position, **kwargs):
         B, T, _ = x.shape                       # rotary: cos and sin, or None without RoPE
-        heads = (B, T, -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B, n_head, T, ...)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in projections)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         eps = self.config.rms_norm_eps
@@ -158,13 +146,12 @@ class NanoChatAttention(nn.Module):
             q = (q * scale).to(v.dtype)         # scales the logits, whatever the kernel
         if cache is not None:                   # this layer's part of it: T new ones in, all S out
             k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        # The user chooses the kernel by attn_implementation. transformers 4.57 searches this file
-        # for these very words, 5.x for ALL_ATTENTION_FUNCTIONS.get_interface(...).
-        attention: Callable = eager_attention_forward
+        # 4.57 looks in this file for these names, 5.x for ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling,
-                               **kwargs)
+        scaling = self.head_dim ** -0.5
+        y, weights = attention(self, q, k, v, attention_mask, scaling=scaling, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights                # y (B, T, n_head, head_dim)
 
 
@@ -192,9 +179,8 @@ class NanoChatDecoderLayer(GradientCheckpointingLayer):
         self.mlp = NanoChatMLP(config)
 
     def forward(self, x, **kwargs):
-        y, weights = self.self_attn(norm(x, self.eps), **kwargs)
-        x = x + y
-        return x + self.mlp(norm(x, self.eps)), weights
+        x = x + self.self_attn(norm(x, self.eps), **kwargs)[0]
+        return x + self.mlp(norm(x, self.eps))
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -205,24 +191,20 @@ class NanoChatPreTrainedModel(PreTrainedModel):
     config_class = NanoChatConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _can_record_outputs = {"hidden_states": NanoChatDecoderLayer, "attentions": NanoChatAttention}
     _no_split_modules = ["NanoChatDecoderLayer"]        # device_map may cut between, not inside
     _skip_keys_device_placement = [CACHE]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_flash_attn = True
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
     _supports_attention_backend = True                  # kernels from outside (vLLM and others)
     _can_compile_fullgraph = True                       # and so a static cache may be used
 
     def _init_weights(self, module):
-        """As model.py does it; through nn.init only, which transformers makes skip what a
-        checkpoint has filled."""
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.8)
-        elif isinstance(module, nn.Linear) and hasattr(module, "init_std"):
+        """As model.py, by nn.init: transformers makes that skip what a checkpoint has filled."""
+        if hasattr(module, "init_std"):
             bound = 3 ** 0.5 * module.init_std          # U(-a, a) has std a / sqrt(3)
             nn.init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, nn.Linear):             # the head
-            nn.init.normal_(module.weight, std=0.001)
+        elif isinstance(module, (nn.Embedding, nn.Linear)):
+            nn.init.normal_(module.weight, std=0.8 if isinstance(module, nn.Embedding) else 0.001)
 
 
 class NanoChatModel(NanoChatPreTrainedModel):
@@ -237,45 +219,28 @@ class NanoChatModel(NanoChatPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs                        # (hidden_states and attentions, where asked for)
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                cache=None, inputs_embeds=None, use_cache=None, output_attentions=None,
-                output_hidden_states=None, **kwargs):
+                cache=None, inputs_embeds=None, use_cache=None, **kwargs):
         """input_ids (B, T), or inputs_embeds (B, T, C) -> last_hidden_state (B, T, C), normed.
-
         attention_mask (B, S): 0 for padding, on either side. position_ids (B, T): needed only for
         packed rows, where each document starts again at 0 and sees nothing before it. cache (before
         transformers 5.24: past_key_values): keys and values of the S - T tokens before these."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
         config, cache = self.config, past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             cache, use_cache = None, False          # a layer computed twice would fill it twice
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
         position_ids, shared = self.place(x, attention_mask, position_ids, cache, kwargs)
         if use_cache and cache is None:             # not before: see place()
             cache = DynamicCache(config=config)
-
         rotary = rotary_tables(position_ids, config, x.dtype) if config.use_rope else None
         scale = logit_scale(position_ids, config) if config.logn_scale else None
-        hidden_states, attentions = (), ()          # what enters each layer, and their weights
         for layer in self.layers:
-            if output_hidden_states:
-                hidden_states += (x,)
-            x, weights = layer(x, rotary=rotary, scale=scale, cache=cache, **shared, **kwargs)
-            if output_attentions:
-                attentions += (weights,)
+            x = layer(x, rotary=rotary, scale=scale, cache=cache, **shared, **kwargs)
         x = norm(x, config.rms_norm_eps)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x, **{CACHE: cache},
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None)
+        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def place(self, x, attention_mask, position_ids, cache, kwargs):
         """Where the new tokens x (B, T, C) are: position_ids, and what the layers want of it."""
@@ -301,7 +266,6 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = NanoChatModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -329,13 +293,10 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
 # ---- The tokenizer -------------------------------------------------------------------------------
 
 class NanoChatTokenizer(PreTrainedTokenizerFast):
-    """tokenizer.json with some conveniences. Without trust_remote_code transformers' own class is
-    loaded: the same ids, but a rendered chat then needs add_special_tokens=False, transformers 5
-    gives ids alone only with return_dict=False, and a last message with "<|" is not continued."""
+    """tokenizer.json with some conveniences; the model card says how to do without them."""
 
     def apply_chat_template(self, conversation, *args, return_dict=False, **kwargs):
         """As in the base class; returns ids unless return_dict=True, the default of 4.57 too.
-
         continue_final_message: transformers cuts the chat behind its last text, but only if it
         finds that text in it. The template has changed "<|", so it appends the text as it was."""
         if kwargs.get("continue_final_message"):
@@ -354,23 +315,21 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
         """(texts, add_special_tokens) that give one <|bos|> to each text; a rendered chat brings
         its own. Where only some do, they lose it and get it back; offsets then count after it."""
         bare = [self._without_bos(text) for text in texts]
-        same = [a == b for a, b in zip(texts, bare)]
-        if all(same) or not add or split_special_tokens:
+        begins = [a != b for a, b in zip(texts, bare)]
+        if split_special_tokens or not (add and any(begins)):
             return texts, add
-        return (bare, True) if any(same) else (texts, False)
+        return (texts, False) if all(begins) else (bare, True)
 
     def _encode_plus(self, text, *args, add_special_tokens=True, **kwargs):
         words = kwargs.get("is_split_into_words") and text and isinstance(text[0], str)
-        if isinstance(text, str) or words:
-            [text], add = self._bos_once([text], add_special_tokens, **kwargs)
-        else:
-            text, add = self._bos_once(text, add_special_tokens, **kwargs)
-        return super()._encode_plus(text, *args, add_special_tokens=add, **kwargs)
+        one = isinstance(text, str) or words
+        texts, add = self._bos_once([text] if one else text, add_special_tokens, **kwargs)
+        texts = texts[0] if one else texts
+        return super()._encode_plus(texts, *args, add_special_tokens=add, **kwargs)
 
     def _batch_encode_plus(self, batch_text_or_text_pairs, *, add_special_tokens=True, **kwargs):
-        """The same for a batch in transformers 4.57 (5.x has one method for both)."""
         texts, add = self._bos_once(batch_text_or_text_pairs, add_special_tokens, **kwargs)
-        return super()._batch_encode_plus(texts, add_special_tokens=add, **kwargs)
+        return super()._batch_encode_plus(texts, add_special_tokens=add, **kwargs)      # of 4.57
 
     def _set_model_specific_special_tokens(self, special_tokens):
         """Lets 4.57 read what 5.x saved, a list of special tokens, where it expects a dict. (With
