@@ -2,23 +2,21 @@
 
     python demo.py                          # four models side by side, 10 minutes on 2 quiet cores
     python demo.py --seeds 3                # each three times, from other random numbers
-    python demo.py corpus                   # only the text that the tiny run trains on: seconds
-    python demo.py report --tag TAG         # what the tiny run has learned, in a few lines
+    python demo.py --corpus                 # only the text that the tiny run trains on: seconds
 
 The models read documentation in rows of 128 tokens. Facts are hidden in it, and questions about
 them. RoPE, DroPE (arXiv:2512.12167; RoPE dropped after 50 or 75% of the steps) and NoPE (never
 RoPE) then answer in texts up to 8 times as long. NTK-scaled RoPE and a fitted scale of the logits,
 which need no training, are the controls. Model, optimizer and schedules are those of pretraining.
 
-Takes the standard library of this Python (its docstrings; nothing of it is run) and tok.py. Gives
-OUT/data/demo: shards, conversations, words; OUT/demo: results.json and demo.png. Left out: size.
-230 thousand parameters show how the recipe works, and prove nothing about large models.
+Takes the standard library of this Python (its docstrings) and tok.py. Gives data/demo: shards,
+conversations, words; and demo: results.json and demo.png. Left out: size. 230 thousand parameters
+show how the recipe works, and prove nothing about large models.
 """
 import signal, sys
 if __name__ == "__main__":                                  # Ctrl-C while Python imports
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import ast, builtins, hashlib, inspect, json, math, multiprocessing, os, re, subprocess, sysconfig
-import time
+import ast, hashlib, json, math, multiprocessing, os, re, subprocess, sysconfig, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import (GPT, ROPE_THETA, GPTConfig, atomic_write, base_dir, checkpoint_steps, guard,
-                   load_tokenizer, parse_config, read_meta, rotary_tables, token_bytes)
+from model import (GPT, ROPE_THETA, GPTConfig, atomic_write, base_dir, guard, load_tokenizer,
+                   parse_config, rotary_tables, token_bytes)
 from muon import build_optimizer, lr_factor, muon_momentum
 
 
@@ -36,95 +34,71 @@ class Config:
     seeds: int = 1      # models of each kind, from different random numbers, > 0
     steps: int = 1500   # training steps of each model, > 0
     figure: str = ""    # path of the figure; not given: demo/demo.png beside the other artifacts
-    tag: str = ""       # the run that `demo.py report` tells of
+    corpus: bool = False  # only write the corpus
 
 
-# ---- The corpus: English that every Python carries -----------------------------------------------
+# ---- The corpus: the documentation that every Python carries -------------------------------------
 
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3",
-        "turtledemo", "ensurepip"}
+        "turtledemo", "ensurepip", "pydoc_data"}
 PUBLIC_NAME = {"posixpath": "os.path", "_pydecimal": "decimal", "_pyio": "io",
                "_pydatetime": "datetime", "_collections_abc": "collections.abc"}
-QUESTIONS = {
-    "function": ("What does {} do?", "What is {} for?", "Explain {} in a sentence.",
-                 "Can you tell me what {} does?"),
-    "class": ("What is {}?", "What is {} for?", "Explain {} in a sentence.",
-              "Can you tell me what {} is?")}
+QUESTIONS = ("What does {} do?", "What is {} for?", "Explain {} in a sentence.",
+             "Can you tell me what {} does?")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def builtin_docstrings():
-    """[(kind, dotted name, docstring), ...] of each class with its methods, and of each function,
-    that is written in C and always there: str.join, len ..."""
-    for name, value in sorted(vars(builtins).items()):
-        if not name.startswith("_") and isinstance(value, (type, type(len))):
-            members = sorted(vars(value).items()) if isinstance(value, type) else []
-            methods = [("function", f"{name}.{m}", inspect.getdoc(f))
-                       for m, f in members if callable(f) and not m.startswith("_")]
-            yield [("class" if members else "function", name, inspect.getdoc(value)), *methods]
+def docstrings(node, name):
+    """[(kind, name, docstring), ...] of a parsed function, or of a class and its methods."""
+    if isinstance(node, FUNCTIONS):
+        return [("function", name, ast.get_docstring(node))]
+    methods = [("function", f"{name}.{method.name}", ast.get_docstring(method))
+               for method in node.body if isinstance(method, FUNCTIONS)]
+    return [("class", name, ast.get_docstring(node)), *methods]
 
 
-def docstrings(tree, module):
-    """The same for a parsed source file, which may be a module, too."""
-    functions = ast.FunctionDef, ast.AsyncFunctionDef
-    yield [("module", module, ast.get_docstring(tree))]
-    for node in tree.body:
-        if isinstance(node, (ast.ClassDef, *functions)):
-            name, is_class = f"{module}.{node.name}", isinstance(node, ast.ClassDef)
-            methods = [("function", f"{name}.{f.name}", ast.get_docstring(f))
-                       for f in node.body if is_class and isinstance(f, functions)]
-            yield [("class" if is_class else "function", name, ast.get_docstring(node)), *methods]
-
-
-def read_library(folder):
-    """The docstrings of a folder of Python sources, and the texts that help("with") shows."""
-    objects, topics = [], []
-    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).parts):
-        *packages, name = path.relative_to(folder).with_suffix("").parts
-        if SKIP & set(packages):
+def gather():
+    """The documents: each is a list [(kind, name, docstring), ...] of what one module, function or
+    class says of itself, or a text that help("with") shows. The sources are parsed, not run. No
+    docstring occurs twice. The order looks random and is always the same."""
+    from pydoc_data.topics import topics
+    found = [[("topic", name, text)] for name, text in sorted(topics.items())]
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).parts):
+        parts = path.relative_to(stdlib).with_suffix("").parts
+        if SKIP & set(parts):
             continue
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):      # a template that only looks like Python
             continue
-        if packages == ["pydoc_data"] and name == "topics":     # topics = {name: text}
-            [texts] = [node.value for node in tree.body if isinstance(node, ast.Assign)]
-            topics = [text for _, text in sorted(ast.literal_eval(texts).items())]
-        else:
-            module = ".".join(packages if name == "__init__" else [*packages, name])
-            objects += docstrings(tree, PUBLIC_NAME.get(module, module))
-    return objects, topics
-
-
-def gather(folder=None):
-    """Documents [(text, [(kind, name, docstring), ...]), ...] of the standard library, in an order
-    that looks random and is always the same. No docstring occurs twice."""
-    objects, topics = read_library(Path(folder or sysconfig.get_paths()["stdlib"]))
-    documents = [(text.strip() + "\n", []) for text in topics]
-    seen = set()
-    for members in [*builtin_docstrings(), *objects]:
-        kept = []
-        for kind, name, doc in members:
+        module = ".".join(parts).removesuffix(".__init__")
+        module = PUBLIC_NAME.get(module, module)
+        found.append([("module", module, ast.get_docstring(tree))])
+        found += [docstrings(node, f"{module}.{node.name}") for node in tree.body
+                  if isinstance(node, (ast.ClassDef, *FUNCTIONS))]
+    documents, seen = [], set()
+    for entries in found:
+        new = []
+        for kind, name, doc in entries:
             key = " ".join((doc or "").split())
             if len(key) >= 20 and key not in seen:
                 seen.add(key)
-                kept.append((kind, name, doc.strip()))
-        if kept:
-            text = "\n\n".join(f"{name}\n\n{doc}" for _, name, doc in kept)
-            documents.append((text + "\n", kept))
-    return sorted(documents, key=lambda d: hashlib.sha256(d[0].encode("utf-8", "replace")).digest())
+                new.append((kind, name, doc.strip()))
+        if new:
+            documents.append(new)
+    return sorted(documents, key=lambda new: hashlib.sha256(repr(new).encode()).digest())
 
 
 def conversations(documents):
     """A question and its answer for each public docstring: its first paragraph or sentence."""
-    for kind, name, doc in [member for _, members in documents for member in members]:
-        paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", doc)] + [""]
-        signature = paragraphs[0].startswith(name.split(".")[-1] + "(")     # as C functions have it
-        answer = paragraphs[1 if signature else 0]
+    for kind, name, doc in [entry for entries in documents for entry in entries]:
+        answer = " ".join(re.split(r"\n\s*\n", doc)[0].split())
         if len(answer) > 240:
             answer = re.split(r"(?<=[.!?]) ", answer)[0]
-        if kind in QUESTIONS and 15 <= len(answer) <= 240 and not re.search(r"\._|^_", name):
-            number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
-            question = QUESTIONS[kind][number % 4].format(name)
+        private = re.search(r"\._|^_", name)
+        if kind in ("function", "class") and not private and 15 <= len(answer) <= 240:
+            question = QUESTIONS[hashlib.sha256(name.encode()).digest()[0] % 4].format(name)
             yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -139,19 +113,21 @@ def write_corpus(folder):
         sys.exit(f"only {len(documents)} documents in {sysconfig.get_paths()['stdlib']}: this "
                  "Python comes without the sources of its standard library; use another one "
                  "(python.org's, uv's, conda's or your system's python3)")
-    train, val = documents[:-(len(documents) // 20)], documents[-(len(documents) // 20):]
-    text = "\n".join(text for text, _ in train)
-    words = sorted(set(re.findall(r"(?<![\w.])[a-z]{3,20}(?![\w.(])", text)))
-    atomic_write(folder / "words.txt", "\n".join(words) + "\n")
-    for part, pairs, shard in ((train, "conversations", 0), (val, "conversations_val", 6542)):
+    n = len(documents) // 20
+    for part, pairs, shard in ((documents[n:], "conversations", 0),
+                               (documents[:n], "conversations_val", 6542)):
+        texts = ["\n\n".join(f"{name}\n\n{doc}" for _, name, doc in entries) for entries in part]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        if shard == 0:
+            words = set(re.findall(r"(?<![\w.])[a-z]{3,20}(?![\w.(])", "\n".join(texts)))
+            atomic_write(folder / "words.txt", "\n".join(sorted(words)) + "\n")
         lines = [json.dumps(messages) + "\n" for messages in conversations(part)]
         atomic_write(folder / f"{pairs}.jsonl", "".join(lines))
-        texts = [text.encode("utf-8", "replace").decode() for text, _ in part]
         table = pa.table({"text": pa.array(texts, pa.string())})
         write = partial(pq.write_table, table, compression="zstd", row_group_size=1024)
         atomic_write(folder / f"shard_{shard:05d}.parquet", write)
-    print(f"corpus: {len(text):,} characters in {len(train):,} documents, {len(val):,} to validate "
-          f"on, {len(words):,} words -> {folder}")
+        print(f"corpus: {sum(map(len, texts)):,} characters in {len(texts):,} documents and "
+              f"{len(lines):,} conversations -> {folder}/shard_{shard:05d}.parquet")
     return folder
 
 
@@ -406,42 +382,6 @@ def draw(results, steps, path):
     print(f"figure: {path}")
 
 
-# ---- The report that ends the tiny run -----------------------------------------------------------
-
-def report(base, tag):
-    """Bits per byte of both stages and at the switch, and an answer of the exported model."""
-    export = base / "hf_sft" / tag
-    for stage, script in (("base", "pretrain.py"), ("chatsft", "sft.py")):
-        folder = base / f"{stage}_checkpoints" / tag
-        steps = checkpoint_steps(folder)
-        if not steps:
-            sys.exit(f"no run in {folder}: `python {script} --tag {tag}` makes one")
-        meta = read_meta(folder, steps[-1])
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        bpb = [record["val_bpb"] for record in records if "val_bpb" in record]
-        print(f"{script}: bits per byte {bpb[0]:.3f} -> {bpb[-1]:.3f} in {steps[-1]} steps, "
-              f"{meta['loop_state']['total_training_time']:.0f} s; "
-              f"RoPE {'on' if meta['loop_state']['use_rope'] else 'off'}   {folder}")
-        for r in records:
-            if "switch" in r:
-                print(f"  RoPE dropped at step {r['step']}: {r['val_bpb_with_rope']:.3f} with it, "
-                      f"{r['val_bpb_without_rope']:.3f} without")
-        if "sample" in meta:
-            print(f"  sample: {meta['sample']!r}")
-    if not (export / "config.json").exists():
-        sys.exit(f"no export in {export}: `python export_hf.py --tag {tag}` makes one")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(export)
-    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
-    messages = [{"role": "user", "content": "What does os.path.join do?"}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,
-                                           return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0]
-    answer = tokenizer.decode(ids[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-    print(f"export: {export}\n  user: {messages[0]['content']}\n  assistant: {answer!r}")
-
-
 # ---- The command ---------------------------------------------------------------------------------
 
 def demonstrate(config, base):
@@ -471,14 +411,9 @@ def demonstrate(config, base):
 
 
 def main():
-    what = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
-    config = parse_config(Config, __doc__, sys.argv[2 if what else 1:])
-    if what == "corpus":
+    config = parse_config(Config, __doc__)
+    if config.corpus:
         write_corpus(base_dir() / "data" / "demo")
-    elif what == "report" and config.tag:
-        report(base_dir(), config.tag)
-    elif what:
-        sys.exit(f"demo.py {what}: say corpus, report --tag TAG, or nothing")
     else:
         demonstrate(config, base_dir())
 

@@ -2,6 +2,7 @@
 
     python eval.py d18_9tpp d18_9tpp_drope_50       # --quick: less of everything, for CPUs
     python eval.py --table d18_9tpp d20_9tpp        # only table and figures of what is evaluated
+    python eval.py --status                         # which tags there are, and how far each is
     python eval.py --chat d18_9tpp_drope_50         # talk to an exported model
 
 Base models (base_checkpoints/TAG) are tested in contexts of 1/2 to 8 training lengths: bits per
@@ -9,34 +10,33 @@ byte of the same tokens, and needles, numbers hidden in a text. Each as trained 
 model.logn_scale, whose c is fitted in one way for all; RoPE also with NTK and YaRN, which need no
 training either. Chat models (hf_sft/TAG) answer MMLU, GSM8K and SpellingBee. Gives eval.json beside
 the checkpoint, a table and figures in the folder eval. What is finished is kept: the same command
-resumes. About 10 minutes a tag on an H100 (estimated).
-
-DroPE's paper (arXiv:2512.12167) has no intervals and no curve of retrieval over the moment of the
-drop; here they are. Left out: few-shot prompts, sampling, text written by base models.
+resumes. About 10 minutes a tag on an H100 (estimated). Left out: few-shot prompts, sampling, text
+written by base models.
 """
 import signal, sys
 if __name__ == "__main__":                                  # Ctrl-C while Python imports
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import ast, json, math, operator, random, re, time, warnings
-from dataclasses import dataclass, fields
+import json, math, random, re, time, warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_files, checkpoint_steps, fetch,
-                   file_hash, guard, load_model, load_tokenizer, one_line,
-                   parse_config, read_meta, rotary_tables, setup_env, token_bytes, tokenizer_hash)
+                   file_hash, guard, load_model, load_tokenizer, one_line, parse_config, read_meta,
+                   rotary_tables, setup_env, token_bytes, tokenizer_hash)
 
 
 @dataclass
 class Config:
     quick: bool = False  # fewer contexts, prompts, documents and questions
     table: bool = False  # evaluate nothing, only make the table and the figures of the tags
-    chat: bool = False  # talk to an exported model; its tag may be said as words: d18 9 50 long
-    data_dir: str = ""  # folder of the validation shard; not given: data/climbmix of all artifacts
+    status: bool = False  # only list the tags and how far each is
+    chat: bool = False  # talk to the exported model of a tag
     check: bool = False  # only check the options
 
 
@@ -56,8 +56,10 @@ SCALES = (0.0, 0.1, 0.2, 0.4, 0.6)          # values of c that are tried
 
 # ---- Statistics ----------------------------------------------------------------------------------
 
-def wilson(k, n, z=1.96):
-    """[k / n, low, high]: a rate with its 95% interval, honest near 0 and 1, too (Wilson 1927)."""
+def wilson(k, n):
+    """[k / n, low, high]: a rate with its 95% interval, which is good near 0 and 1, too (Wilson
+    1927)."""
+    z = 1.96
     center = (k + z * z / 2) / (n + z * z)
     width = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     return [k / n, max(0.0, center - width), min(1.0, center + width)]
@@ -80,15 +82,16 @@ def bootstrap(x, size):
     return [x.sum() / size.sum(), *np.percentile(ratios, [2.5, 97.5])]
 
 
-# ---- What a base model is tested with ------------------------------------------------------------
-# The model as trained, with its logits scaled ("fitted"), and with RoPE's remedies: "ntk", "yarn".
-# None of these changes anything up to n_train.
+# ---- The arms: a base model as trained, with its logits scaled, with RoPE's remedies -------------
+# c is model.logn_scale: the attention logits of the query at position n (from 1) are multiplied by
+# max(1, 1 + c ln(n / n_train)), where n_train is the training length. Up to n_train neither c nor a
+# remedy changes anything.
 
 REMEDIES = ("", "ntk", "yarn")
 
 
 def remedied_tables(T, head_dim, device, n_train, remedy):
-    """model.rotary_tables for contexts of s = T / n_train > 1 training lengths. ntk ("NTK-aware"
+    """The model's rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"
     scaling): a larger theta; the slowest turn takes s times as many tokens, the fastest stays. yarn
     (arXiv:2309.00071): frequencies with less than 1 turn in n_train tokens are divided by s, those
     with more than 32 stay, between them is a ramp. (YaRN's scale of the logits is our c.)"""
@@ -104,15 +107,23 @@ def remedied_tables(T, head_dim, device, n_train, remedy):
 
 
 def set_arm(model, remedy="", c=0.0):
-    model.logn_scale, model.rotary_tables = c, rotary_tables
+    """model.forward reads both attributes; it calls rotary_tables(T, head_dim, device)."""
+    model.logn_scale = c
+    model.rotary_tables = rotary_tables
     if remedy:
         n_train = model.config.sequence_len
         model.rotary_tables = partial(remedied_tables, n_train=n_train, remedy=remedy)
 
 
+def join(*words):
+    """The name of an arm, or of its section in eval.json: join("needle", "", "fitted")."""
+    return " ".join(word for word in words if word)
+
+
 class Texts:
-    """The validation shard as tokens. The longest documents are tested on; every third of them is
-    kept apart, to fit c on. The others are the haystack."""
+    """The validation shard as tokens. Of its 150 longest documents, every third is kept apart, to
+    fit c on, the others are tested on, the longest first; of both no more than sizes.documents
+    says. The text of all other documents, mixed, is the haystack."""
 
     def __init__(self, path, enc, sizes):
         import pyarrow as pa, pyarrow.parquet as pq
@@ -143,33 +154,40 @@ def token_nats(model, ids):
 
 def text_bits(model, texts, contexts):
     """{context: bits per byte of the last 512 tokens (n_train / 8, if that is less) of documents
-    that long}. A flat curve says that context is ignored, a rising one that it hurts. "change" is
-    against 1 x on the same documents, with a paired interval."""
+    as long as the context}. A flat curve says that context is ignored, a rising one that it hurts.
+    "change" is against 1 x on the same documents, with a paired interval."""
     n_train = model.config.sequence_len
-    n, summary, nats = min(512, n_train // 8), {}, {}
-    for m in sorted({1, *contexts}):
+    tail = min(512, n_train // 8)
+    summary, nats = {}, {}
+    for m in sorted({1, *contexts}):            # 1 x always, for the change from it
         L = int(m * n_train)
-        documents = [d for d in texts.documents if len(d) >= L]     # the longest, so some of 1 x's
-        nats[m] = np.array([token_nats(model, [texts.bos] + d[-L:])[-n:].sum() for d in documents])
+        documents = [d for d in texts.documents if len(d) >= L]
+        rows = [[texts.bos] + d[-L:] for d in documents]
+        nats[m] = np.array([token_nats(model, row)[-tail:].sum() for row in rows])
         if documents and m in contexts:
-            size = np.array([texts.nbytes[d[-n:]].sum() for d in documents]) * math.log(2)
-            change = bootstrap(nats[m] - nats[1][:len(documents)], size) if m >= 1 else None
+            nats_per_bit = math.log(2)
+            size = np.array([texts.nbytes[d[-tail:]].sum() for d in documents]) * nats_per_bit
+            change = None
+            if m >= 1:                          # the longest documents come first, at 1 x, too
+                change = bootstrap(nats[m] - nats[1][:len(documents)], size)
             summary[f"{m:g}"] = dict(n=len(documents), bpb=bootstrap(nats[m], size), change=change)
     return summary
 
 
 def fit_scale(model, texts, contexts, remedy):
-    """The c of SCALES with the lowest loss on all tokens beyond n_train of the documents that are
-    kept for this, each in the longest context that it fills."""
+    """One c for all contexts: that of SCALES with the lowest loss on all tokens beyond n_train of
+    the documents that are kept for this, each in the longest of the contexts that it fills."""
     n_train, rows, losses = model.config.sequence_len, [], {}
     for document in texts.fit:
         filled = [int(m * n_train) for m in contexts if 1 < m <= len(document) / n_train]
         if filled:
             rows.append([texts.bos] + document[-max(filled):])
-    for c in SCALES if rows else ():
+    if not rows:
+        return dict(c=0.0, n=0, losses={})
+    for c in SCALES:
         set_arm(model, remedy, c)
         losses[c] = np.concatenate([token_nats(model, row)[n_train:] for row in rows]).mean()
-    return dict(c=min(losses, key=losses.get, default=0.0), n=len(rows), losses=losses)
+    return dict(c=min(losses, key=losses.get), n=len(rows), losses=losses)
 
 
 # ---- Needles -------------------------------------------------------------------------------------
@@ -177,8 +195,15 @@ def fit_scale(model, texts, contexts, remedy):
 CITIES = "Berlin Boston Cairo Chicago Delhi Lima London Madrid Oslo Paris Rome Tokyo".split()
 
 
+class Prompt(NamedTuple):
+    ids: list           # <|bos|> text, needle, text, question, answer: L + 1 tokens
+    number: int         # the index of the needle's number in ids
+    digits: int         # how many tokens the answer has
+    blank: list         # ids with text in the needle's place
+
+
 def make_prompt(texts, L, i):
-    """The i-th prompt of L + 1 tokens, the same for all models:
+    """The i-th Prompt of L + 1 tokens, the same for all models; None where L is too short:
 
         <|bos|> text ...
         The secret number of Oslo is 4821.
@@ -186,8 +211,7 @@ def make_prompt(texts, L, i):
         The secret number of Oslo is 4821
 
     The needle, the second line, stands after 5, 15 ... or 95% of the text. The tokens of the last
-    4821 are the answer. Returns (ids, how many tokens the answer has, how far before the last input
-    the needle's number begins, ids with text in the needle's place); None where L is too short."""
+    4821 are the answer."""
     rng, encode = random.Random(f"needle {L} {i}"), texts.enc.encode_ordinary
     question = encode(f"\nThe secret number of {rng.choice(CITIES)} is ")
     answer = encode(f"{rng.randrange(10_000):04d}")
@@ -195,11 +219,12 @@ def make_prompt(texts, L, i):
     room = L - len(needle) - len(question + answer)         # tokens of text
     if room < L // 4 or len(texts.hay) <= L:
         return None
-    start, place = rng.randrange(len(texts.hay) - L), int((i % 10 + 0.5) / 10 * room)
+    start = rng.randrange(len(texts.hay) - L)
+    place = int((i % 10 + 0.5) / 10 * room)
     hay = texts.hay[start:start + L]
     ids = [texts.bos] + hay[:place] + needle + hay[place:room] + question + answer
     blank = [texts.bos] + hay[:room + len(needle)] + question + answer
-    return ids, len(answer), L - 1 - place - len(question), blank
+    return Prompt(ids, 1 + place + len(question), len(answer), blank)
 
 
 @torch.no_grad()
@@ -218,57 +243,42 @@ def answers(model, rows):
 def needles(model, texts, contexts, prompts):
     """{context: how many needles are found}. "ceiling": what a model could find at best that sees
     only the last n_train tokens. "gain": what an answer costs more without its needle, in nats per
-    digit, of 20 prompts; it shows what is learnt before any is found."""
+    digit, of the first 20 prompts; it shows what is learnt before any is found."""
     n_train, summary = model.config.sequence_len, {}
     for m in contexts:
-        made = [make_prompt(texts, int(m * n_train), i) for i in range(prompts)]
+        L = int(m * n_train)
+        made = [make_prompt(texts, L, i) for i in range(prompts)]
         if None in made:
             continue
-        every = max(1, prompts // 20)
-        found, nats = zip(*answers(model, [(ids, n) for ids, n, _, _ in made]))
-        _, without = zip(*answers(model, [(blank, n) for _, n, _, blank in made[::every]]))
-        gain = np.subtract(without, nats[::every])
+        found, nats = zip(*answers(model, [(p.ids, p.digits) for p in made]))
+        _, without = zip(*answers(model, [(p.blank, p.digits) for p in made[:20]]))
+        gain = np.subtract(without, nats[:20])
         summary[f"{m:g}"] = dict(
-            n=prompts, rate=wilson(sum(found), prompts), found=found, nats=np.mean(nats) / 4,
-            gain=bootstrap(gain, np.full(len(gain), 4)),
-            ceiling=np.mean([reach <= n_train for _, _, reach, _ in made]))
+            n=prompts, rate=wilson(sum(found), prompts), found=found,
+            gain=bootstrap(gain, np.full(len(gain), 4)),                # an answer has 4 digits
+            ceiling=np.mean([p.number >= L - n_train for p in made]))   # inputs: ids[0] to ids[L-1]
     return summary
 
 
 # ---- Chat models, through their export -----------------------------------------------------------
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-             ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-
-def number(node):
-    """The value of a parsed expression of numbers and OPERATORS."""
-    if isinstance(node, ast.BinOp):
-        return OPERATORS[type(node.op)](number(node.left), number(node.right))
-    if isinstance(node, ast.UnaryOp):
-        return OPERATORS[type(node.op)](number(node.operand))
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
-    raise ValueError("not a number")
-
-
 def calculator(call):
     """The python tool: the result of arithmetic or of 'word'.count('x') as text, None for all else.
-    A model wrote the call, so it is parsed and worked out here, never run."""
+    A model wrote the call, so only digits, + - * / % ( ) and no power reach Python's eval, and
+    200 characters at most."""
+    call = call.strip()
+    count = re.fullmatch(r"""(["'])(\w*)\1\.count\((["'])(\w)\3\)""", call)
+    if count:
+        return str(count[2].count(count[4]))
+    if not re.fullmatch(r"[0-9.+\-*/%() ]{1,200}", call) or "**" in call:
+        return None
     try:
-        with warnings.catch_warnings():                     # Python has opinions on "1is 1"
+        with warnings.catch_warnings():                     # Python has opinions on "1(2)"
             warnings.simplefilter("ignore")
-            node = ast.parse(call.strip()[:200], mode="eval").body
-        match node:
-            case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(word)), attr="count"),
-                          args=[ast.Constant(value=str(part))], keywords=[]):
-                return str(word.count(part))
-        value = number(node)
+            value = eval(call, {"__builtins__": {}})
         if abs(value) < 1e15:                               # neither infinite nor nan
             return str(int(value)) if value == int(value) else str(round(value, 10))
-    except (SyntaxError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError,
-            MemoryError):
+    except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         pass
     return None
 
@@ -397,6 +407,8 @@ def talk(tag, env):
     while True:
         try:
             text = input("> ").strip()
+            if not sys.stdin.isatty():                      # as it looks when somebody types
+                print(text)
             if text == "/clear":
                 ids = []
             elif "\ufffd" in text:
@@ -413,7 +425,7 @@ def talk(tag, env):
             return print()
 
 
-# ---- One tag after the other ---------------------------------------------------------------------
+# ---- What is finished ----------------------------------------------------------------------------
 
 def places(tag):
     """The folders of a tag: base checkpoints, chat checkpoints, export. A _long tag is another
@@ -422,12 +434,16 @@ def places(tag):
             base_dir() / "chatsft_checkpoints" / tag, base_dir() / "hf_sft" / tag]
 
 
-def read_lines(path):
-    """The records of a .jsonl file; none where there is no file."""
+def read_lines(path, *fields):
+    """The records of a .jsonl file, which have these fields; none where there is no file."""
     try:
-        return [json.loads(line) for line in path.open()] if path.exists() else []
+        records = [json.loads(line) for line in path.open()] if path.exists() else []
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or not record.keys() >= set(fields):
+                raise ValueError(f"line {number} is no record with {' and '.join(fields)}")
     except ValueError as e:
         sys.exit(f"{path} is damaged ({one_line(e)}): delete it, to go on without it")
+    return records
 
 
 class Results:
@@ -456,6 +472,53 @@ class Results:
         return self.sections[name]
 
 
+def validations(folder):
+    """A run's validations: [(step, bits per byte), ...], two at the switch, with RoPE and without;
+    and the step of the switch, None where there was none."""
+    points, switch = [], None
+    for record in read_lines(folder / "metrics.jsonl", "step"):
+        for name in ("val_bpb_with_rope", "val_bpb_without_rope", "val_bpb"):
+            if name in record:
+                points.append((record["step"], record[name]))
+        if "switch" in record:
+            switch = record["step"]
+    return points, switch
+
+
+def status():
+    """Lists the runs and how far each is, from their metas and metrics alone."""
+    for base in (base_dir(), base_dir() / "tiny"):
+        for stage, export in (("base_checkpoints", "hf_base"), ("chatsft_checkpoints", "hf_sft")):
+            for folder in sorted((base / stage).glob("*")):
+                if checkpoint_steps(folder):
+                    exported = (base / export / folder.name / "config.json").exists()
+                    print(f"{folder}{', exported' if exported else ''}\n    {how_far(folder)}")
+
+
+def how_far(folder):
+    step = checkpoint_steps(folder)[-1]
+    meta, (points, switch) = read_meta(folder, step), validations(folder)
+    of = "" if meta.get("finished") else f" of {meta.get('steps', 'unknown')}"
+    said = f"{'step' if of else 'finished at step'} {step}{of}"
+    if points:
+        said += f", bits per byte {points[0][1]:.3f} -> {points[-1][1]:.3f}"
+    if switch is None:
+        return said + f", RoPE {'on' if meta['loop_state']['use_rope'] else 'off'}"
+    with_rope, without = [bpb for at, bpb in points if at == switch][:2]
+    return said + f", RoPE off since step {switch} ({with_rope:.3f} with it, {without:.3f} without)"
+
+
+# ---- One tag after the other ---------------------------------------------------------------------
+
+def validation_shard(meta):
+    """The shard that the run was validated on; if that is gone, the series' own, downloaded."""
+    name, own = "shard_06542.parquet", meta.get("user_config", {}).get("data_dir", "")
+    if own and (Path(own) / name).exists():
+        return Path(own) / name
+    shard = base_dir() / "data" / "climbmix" / name
+    return fetch("karpathy/climbmix-400b-shuffle", name, shard, patience=60)
+
+
 def evaluate_base(folder, cfg, sizes, env):
     """Tests all arms of a base model."""
     enc = load_tokenizer(base_dir() / "tokenizer")
@@ -464,9 +527,8 @@ def evaluate_base(folder, cfg, sizes, env):
     if trained_with != tokenizer_hash(enc) or enc.n_vocab != model.config.vocab_size:
         sys.exit(f"{folder} was not trained with the tokenizer in {base_dir() / 'tokenizer'}: put "
                  "the one of that run there")
-    name = "shard_06542.parquet"
-    shard = Path(cfg.data_dir or base_dir() / "data" / "climbmix") / name
-    texts = Texts(fetch("karpathy/climbmix-400b-shuffle", name, shard, patience=60), enc, sizes)
+    shard = validation_shard(meta)
+    texts = Texts(shard, enc, sizes)
     if not texts.documents or len(texts.documents[0]) < n_train:
         sys.exit(f"{shard} has no document of {n_train} tokens to test on: delete it and run again")
     weights = checkpoint_files(folder, meta["step"])["model"]
@@ -483,26 +545,20 @@ def evaluate_base(folder, cfg, sizes, env):
             results.section(join("needle", arm), needles, model, texts, contexts, sizes.prompts)
 
 
-def join(*words):
-    return " ".join(word for word in words if word)
-
-
 def evaluate_chat(folder, export, cfg, sizes, env):
     """Asks the questions that sft.py left beside its checkpoint."""
-    questions = {"mmlu": [], "gsm8k": [], "spellingbee": []}
-    for record in read_lines(folder / "questions.jsonl"):
-        questions[record["source"]].append(record["messages"])
-    if not any(questions.values()):
-        print(f"  no questions in {folder / 'questions.jsonl'}: skipped", file=sys.stderr)
-        return
+    records = read_lines(folder / "questions.jsonl", "source", "messages")
+    if not records:
+        return print(f"  no questions in {folder / 'questions.jsonl'}: skipped", file=sys.stderr)
     chat = Chat(export, env)
     key = dict(sha256=file_hash(export / "model.safetensors"), sizes=str(sizes))
     results = Results(folder, cfg.quick, key)
-    for source, some in questions.items():
-        most = min(len(some), sizes.words if source == "spellingbee" else sizes.questions)
-        chosen = random.Random(42).sample(some, most)
-        new_tokens = 0 if source == "mmlu" else sizes.new_tokens
-        if chosen:
+    for source, most, new_tokens in (("mmlu", sizes.questions, 0),
+                                     ("gsm8k", sizes.questions, sizes.new_tokens),
+                                     ("spellingbee", sizes.words, sizes.new_tokens)):
+        some = [record["messages"] for record in records if record["source"] == source]
+        if some:
+            chosen = random.Random(42).sample(some, min(len(some), most))
             results.section(source, chat.ask, chosen, new_tokens)
 
 
@@ -524,25 +580,29 @@ def arms_of(sections):
     each arm is the model as trained; where c = 0, "fitted" is what it was fitted for."""
     arms = {}
     for remedy in REMEDIES:
-        c = sections.get(join("scale", remedy), {}).get("c")
-        for fitted in ("", "fitted") if c is not None else ():
-            arm = arms[join(remedy, fitted)] = {"c": c if fitted else 0.0}
+        best = sections.get(join("scale", remedy), {}).get("c")
+        if best is None:
+            continue                                        # without RoPE there are no remedies
+        for fitted in ("", "fitted"):
+            arm = arms[join(remedy, fitted)] = {"c": best if fitted else 0.0}
             for kind in ("needle", "bpb"):
-                tested = sections.get(join(kind, remedy, fitted if c else ""), {})
+                same = "" if best == 0 else fitted          # c = 0 was not tested twice
+                tested = sections.get(join(kind, remedy, same), {})
                 arm[kind] = {**sections.get(kind, {}), **tested} if tested else {}
     return arms
 
 
-def beats(mine, twin, far):
-    """Whether a model without RoPE, c fitted, finds more needles than cropping could at best, and
-    more than its twin with RoPE, NTK and fitted c."""
+def verdict(mine, twin, far):
+    """The last cell of a model without RoPE, c fitted: whether it finds more needles than cropping
+    could at best / and more than its twin with RoPE, NTK and fitted c (None: there is no twin)."""
     got = mine["arms"]["fitted"]["needle"].get(far)
     if mine["key"]["use_rope"] or not got:
         return "-"
     ceiling = "yes" if got["rate"][1] > got["ceiling"] else "no"
-    same = all(mine["key"][k] == twin["key"][k] for k in ("texts", "n_train", "sizes"))
+    if not twin or any(mine["key"][k] != twin["key"][k] for k in ("texts", "n_train", "sizes")):
+        return f"{ceiling} / -"
     theirs = twin["arms"].get("ntk fitted", {"needle": {}})["needle"].get(far)
-    if not same or not theirs:
+    if not theirs:
         return f"{ceiling} / -"
     p = mcnemar(got["found"], theirs["found"])
     better = "yes" if p < 0.05 and got["rate"][0] > theirs["rate"][0] else "no"
@@ -565,13 +625,13 @@ def make_tables(base, chat, contexts):
     names = [f"{m:g}" for m in contexts]
     needle, text, answered = [], [], []
     for tag, result in base.items():
-        twin = base.get(re.sub(r"_drope_\d+", "", tag), result)
+        twin = base.get(re.sub(r"_drope_\d+", "", tag))
         for name, arm in result["arms"].items():
             start = [tag, name or "as trained", arm["c"]]
             rates = [cell(arm["needle"].get(m), "rate") for m in names]
             gain = cell(arm["needle"].get("1"), "gain")
-            better = beats(result, twin, names[-1]) if name == "fitted" else "-"
-            needle.append([*start, gain, *rates, better])
+            last = verdict(result, twin, names[-1]) if name == "fitted" else "-"
+            needle.append([*start, gain, *rates, last])
             bits = [cell(arm["bpb"].get(m), "bpb", "{:.3f}") for m in names if float(m) <= 1]
             more = [cell(arm["bpb"].get(m), "change", "{:+.3f}") for m in names if float(m) > 1]
             text.append([*start, *bits, *more])
@@ -588,9 +648,10 @@ def make_tables(base, chat, contexts):
 
 # ---- The figures: at most five lines in a panel --------------------------------------------------
 
-LOOKS = [dict(color="#d55e00", marker="o", ms=4), dict(color="#cc79a7", marker="s", ms=4, ls="--"),
-         dict(color="#0072b2", marker="D", ms=4), dict(color="#56b4e9", marker="^", ms=4),
-         dict(color="#009e73", marker="v", ms=4)]           # RoPE, RoPE + NTK, three of DroPE
+ROPE = dict(color="#d55e00", marker="o", ms=4)
+NTK = dict(color="#cc79a7", marker="s", ms=4, ls="--")
+DROPE = [dict(color="#0072b2", marker="D", ms=4), dict(color="#56b4e9", marker="^", ms=4),
+         dict(color="#009e73", marker="v", ms=4), dict(color="#999999", marker="P", ms=4)]
 
 
 def families(tags):
@@ -602,30 +663,21 @@ def families(tags):
         found.setdefault(family, []).append((int(percent or 100), tag))
     for family, members in found.items():
         members = sorted(members, reverse=True)[:4]
-        looks = LOOKS[0:1] + LOOKS[2:] if members[0][0] == 100 else LOOKS[2:] + LOOKS[:1]
+        looks = [ROPE, *DROPE] if members[0][0] == 100 else DROPE
         found[family] = [(tag, percent, f"DroPE {percent}" if percent < 100 else "RoPE", look)
                          for (percent, tag), look in zip(members, looks)]
     return found
 
 
 def line(ax, label, look, points):
-    """points: {x: y or [y, low, high]}."""
+    """points: {x: [y, low, high]}."""
     if points:
-        y = np.array(list(points.values()), float).reshape(len(points), -1)
+        y = np.array(list(points.values()))
         ax.plot(list(points), y[:, 0], label=label, **look)
-        ax.fill_between(list(points), y.min(1), y.max(1), color=look["color"], alpha=0.15, lw=0)
+        ax.fill_between(list(points), y[:, 1], y[:, 2], color=look["color"], alpha=0.15, lw=0)
 
 
-def save(fig, path):
-    for ax in fig.axes:
-        ax.legend(fontsize=8, frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
-    atomic_write(path, lambda file: fig.savefig(file, dpi=150, format="png"))
-    print(f"{path} written")
-
-
-def draw_contexts(plt, base, contexts, path):
+def draw_contexts(base, contexts, plt):
     """A row for each family: needles as trained and with fitted c, and what more context does to
     the bits per byte of the same tokens."""
     groups = families(base)
@@ -636,63 +688,46 @@ def draw_contexts(plt, base, contexts, path):
     for row, (family, members) in zip(axes, groups.items()):
         for ax, (title, kind, value, fitted) in zip(row, panels):
             lines = [(tag, fitted, label, look) for tag, _, label, look in members]
-            lines.insert(1, (members[0][0], join("ntk", fitted), "RoPE + NTK", LOOKS[1]))
+            lines.insert(1, (members[0][0], join("ntk", fitted), "RoPE + NTK", NTK))
             for tag, arm, label, look in lines:
                 some = base[tag]["arms"].get(arm, {kind: {}})[kind]
-                points = {float(m): p[value] for m, p in some.items() if p[value] is not None}
-                line(ax, label, look, points)
+                line(ax, label, look, {float(m): p[value] for m, p in some.items() if p[value]})
             ax.set_xscale("log", base=2)
             ax.set_xticks(contexts, [f"{m:g}x" for m in contexts])
-            ax.set_title(f"{family}: {title}", fontsize=10)
-            ax.set(xlabel="context, in training lengths")
+            ax.set(title=f"{family}: {title}", xlabel="context, in training lengths")
         for ax in row[:2]:
             ax.set(ylim=(-0.03, 1.03))
-    save(fig, path)
+    return fig
 
 
-def draw_drop(plt, base, far, path):
+def draw_drop(base, contexts, plt):
     """Retrieval in the longest context against the moment of the drop, a line for each family."""
+    far = f"{contexts[-1]:g}"
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for ax, arm, title in zip(axes, ("", "fitted"), ("as trained", "c fitted")):
-        for look, (family, members) in zip(LOOKS, families(base).items()):
+        for look, (family, members) in zip([ROPE, NTK, *DROPE], families(base).items()):
             found = {p: base[tag]["arms"][arm]["needle"].get(far) for tag, p, _, _ in members}
             line(ax, family, look, {p: point["rate"] for p, point in found.items() if point})
         ax.set(ylim=(-0.03, 1.03), xlim=(-3, 103), title=f"needles found at {far}x, {title}",
                xlabel="percent of the steps with RoPE (100: always)")
-    save(fig, path)
+    return fig
 
 
-def validations(folder):
-    """{"x": millions of tokens, "y": bits per byte} of each validation of a run. At the switch
-    there are two, with RoPE and without. "switch": where that was."""
-    batch = read_meta(folder, checkpoint_steps(folder)[-1])["total_batch_size"]
-    curve = {"x": [], "y": [], "switch": None}
-    for record in read_lines(folder / "metrics.jsonl"):
-        x = record["step"] * batch / 1e6
-        for name in ("val_bpb_with_rope", "val_bpb_without_rope", "val_bpb"):
-            if name in record:
-                curve["x"].append(x)
-                curve["y"].append(record[name])
-        if "switch" in record:
-            curve["switch"] = x
-    return curve
-
-
-def draw_training(plt, base, path):
+def draw_training(base, _, plt):
     """The jump at the switch and the way back, beside RoPE's curve: a panel for each family."""
     groups = families(base)
     fig, axes = plt.subplots(1, len(groups), figsize=(max(6, 4 * len(groups)), 3.8), squeeze=False)
     for ax, (family, members) in zip(axes[0], groups.items()):
         seen = []
         for tag, _, label, look in members:
-            curve = validations(places(tag)[0])
-            ax.plot(curve["x"], curve["y"], label=label, **look)
-            seen += curve["y"][len(curve["y"]) // 4:]       # the start would squeeze the rest
-            if curve["switch"]:
-                ax.axvline(curve["switch"], color=look["color"], ls=":", lw=1)
-        ax.set(title=f"{family} (dotted: RoPE is dropped)", xlabel="million tokens",
+            points, switch = validations(places(tag)[0])
+            ax.plot([step for step, _ in points], [bpb for _, bpb in points], label=label, **look)
+            seen += [bpb for _, bpb in points[(len(points) + 3) // 4:]]     # not the first fall
+            if switch is not None:
+                ax.axvline(switch, color=look["color"], ls=":", lw=1)
+        ax.set(title=f"{family} (dotted: RoPE is dropped)", xlabel="step",
                ylabel="validation bits per byte", ylim=(None, 1.02 * max(seen, default=1)))
-    save(fig, path)
+    return fig
 
 
 def draw_all(base, contexts, folder, end):
@@ -702,28 +737,19 @@ def draw_all(base, contexts, folder, end):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no figures: matplotlib is not installed (pip install matplotlib)")
-    draw_contexts(plt, base, contexts, folder / f"contexts{end}.png")
-    draw_drop(plt, base, f"{contexts[-1]:g}", folder / f"drop{end}.png")
-    draw_training(plt, base, folder / f"training{end}.png")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False})
+    for name, draw in (("contexts", draw_contexts), ("drop", draw_drop),
+                       ("training", draw_training)):
+        fig, path = draw(base, contexts, plt), folder / f"{name}{end}.png"
+        for ax in fig.axes:
+            ax.legend()
+        fig.tight_layout()
+        atomic_write(path, lambda file: fig.savefig(file, dpi=150, format="png"))
+        print(f"{path} written")
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-def command_line(args):
-    """The words that are no options (tags), and the Config of the options, in any order."""
-    with_value = {"--" + f.name.replace("_", "-") for f in fields(Config) if f.type is not bool}
-    words = [word for before, word in zip(["", *args], args)
-             if not word.startswith("-") and before not in with_value]
-    cfg = parse_config(Config, __doc__, [arg for arg in args if arg not in words])
-    if not words:
-        sys.exit("eval.py: which tag? For example `python eval.py d18_9tpp d18_9tpp_drope_50`")
-    spelled = re.fullmatch(r"(d\d+) ([\d.]+)(?: (\d+))?( long)?", " ".join(words))
-    if spelled:                                             # d18 9 50 long
-        size, tpp, drope, long = spelled.groups()
-        drope, long = f"_drope_{drope}" if drope else "", "_long" if long else ""
-        words = [f"{size}_{tpp}tpp{drope}{long}"]
-    return list(dict.fromkeys(words)), cfg
-
 
 def gather(tags, quick):
     """{tag: {"key", "arms"}} of the base models, {tag: sections} of the chat models."""
@@ -741,17 +767,9 @@ def gather(tags, quick):
     return base, chat
 
 
-def main():
-    tags, cfg = command_line(sys.argv[1:])
-    if cfg.data_dir and not Path(cfg.data_dir).is_dir():
-        sys.exit(f"--data-dir {cfg.data_dir}: there is no such folder")
-    if cfg.check:
-        return
-    if cfg.chat:
-        return talk(tags[0], setup_env(compile=0))
-    sizes = QUICK if cfg.quick else Sizes()
-    env = None if cfg.table else setup_env(compile=0)
-    for tag in tags if env else ():
+def evaluate(tags, cfg, sizes):
+    env = setup_env(compile=0)
+    for tag in tags:
         base_folder, sft_folder, export = places(tag)
         exported = (export / "config.json").exists()
         print(f"{tag}, on {env.device}", flush=True)
@@ -759,6 +777,22 @@ def main():
             evaluate_base(base_folder, cfg, sizes, env)
         if exported:
             evaluate_chat(sft_folder, export, cfg, sizes, env)
+
+
+def main():
+    tags = list(dict.fromkeys(arg for arg in sys.argv[1:] if not arg.startswith("-")))
+    cfg = parse_config(Config, __doc__, [arg for arg in sys.argv[1:] if arg.startswith("-")])
+    if cfg.status:
+        return status()
+    if not tags:
+        sys.exit("eval.py: which tag? For example `python eval.py d18_9tpp d18_9tpp_drope_50`")
+    if cfg.check:
+        return
+    if cfg.chat:
+        return talk(tags[0], setup_env(compile=0))
+    sizes = QUICK if cfg.quick else Sizes()
+    if not cfg.table:
+        evaluate(tags, cfg, sizes)
     base, chat = gather(tags, cfg.quick)
     folder, end = base_dir() / "eval", "_quick" if cfg.quick else ""
     text = make_tables(base, chat, sizes.contexts)

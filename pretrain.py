@@ -38,7 +38,7 @@ from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 @dataclass
 class Config:                           # the comments are the help; "> 0" and "0 to 99" are checked
     depth: int | None = None            # layers, 1 to 99; not given: the tag's, or 18
-    tpp: float | None = None            # tokens per parameter, > 0; not given: the tag's, or 9
+    tpp: float | None = None            # tokens per parameter, > 0, 0 to 9999; else the tag's, or 9
     drope: int | None = None            # percent of steps with RoPE, 0 to 99; not given: RoPE stays
     tag: str = ""                       # name of the run; not given: as in d18_9tpp_drope_50
     dataset: str = "karpathy/climbmix-400b-shuffle"     # on the hub; "local": what is in data_dir

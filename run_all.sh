@@ -17,9 +17,10 @@
 #   bash run_all.sh d18_9tpp_drope_50_long  the same by its tag
 #   bash run_all.sh release                 the 20 tags below, or those in TAGS="d12_9tpp d12_20tpp"
 #   bash run_all.sh ... --dry-run [SPEED]   only the plan; SPEED: tokens/s for d18
+#   bash run_all.sh status                  the models that are there, and how far each is
 #   bash run_all.sh chat TAG                talk to a finished model
 #   bash run_all.sh demo [options]          does dropping RoPE help? A toy answers (demo.py)
-#   bash run_all.sh test [pytest options]   the tests (test --matrix: with transformers 4.57 too)
+#   bash run_all.sh test [pytest options]   the tests
 #   sbatch run_all.sh d18 9 50              any of these under Slurm (--nodes 2: on two machines)
 #
 # Environment: NANOCHAT_BASE_DIR, the folder of all artifacts (out). GPUS, the training processes on
@@ -52,7 +53,7 @@ HERE="$(dirname "$0")"          # Slurm runs a copy of this file, in the folder 
 BASE="${NANOCHAT_BASE_DIR:-out}"
 TOK="${TOK:-}" PRETRAIN="${PRETRAIN:-}" SFT="${SFT:-}" EVAL="${EVAL:-}"
 GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" NODES="${NODES:-${SLURM_NNODES:-1}}"
-HEAD="${HEAD:-}" NODE_RANK="${NODE_RANK:-0}" SPEED=""
+HEAD="${HEAD:-}" NODE_RANK="${NODE_RANK:-0}" SPEED="" DRY=""
 for number in "GPUS=$GPUS" "NODES=$NODES"; do
     [[ "$number" =~ =[1-9][0-9]{0,3}$ ]] || die "$number: a whole number is wanted, 1 or more"
 done
@@ -129,6 +130,7 @@ forward() {
 stage() {
     local code=0 start=$SECONDS
     echo "+ NANOCHAT_BASE_DIR=$BASE $*"
+    [ -z "$DRY" ] || return 0
     if [ -z "$STOPPED" ]; then
         set -m                  # a process group of its own: Ctrl-C reaches it through forward
         "$@" & CHILD=$! LAUNCHER="$1"
@@ -200,7 +202,7 @@ all_stages() {
         train pretrain.py --data-dir "$data" $PRETRAIN --tag "${tag%_long}"
         train sft.py $SFT --tag "$tag"
         alone export_hf.py --tag "$tag"
-        alone eval.py --data-dir "$data" $EVAL "$tag"
+        alone eval.py $EVAL "$tag"
     done
     [ $# = 1 ] || alone eval.py $EVAL --table "$@"
 }
@@ -211,45 +213,35 @@ tiny() {
     BASE="$BASE/tiny"           # apart from the real tokenizer
     export NANOCHAT_BASE_DIR="$BASE"
     local start=$SECONDS data="$BASE/data/demo" tag=d2_3tpp_drope_50
-    local sizes="--max-seq-len 256 --total-batch-size 4096 --eval-every 100 --eval-tokens 65536"
-    stage python demo.py corpus
+    local sizes="--max-seq-len 256 --total-batch-size 4096 --eval-every 100 --eval-tokens 32768"
+    stage python demo.py --corpus
     stage python tok.py --data-dir "$data" --out-dir "$BASE/tokenizer" --vocab-size 1024
     stage python pretrain.py --tag $tag --dataset local --data-dir "$data" $sizes --save-every 100 \
-        --eval-sample 16384 --matrix-lr 0.5 --embedding-lr 2 --unembedding-lr 0.06 --weight-decay 0
+        --eval-sample 32768 --matrix-lr 0.5 --embedding-lr 2 --unembedding-lr 0.06 --weight-decay 0
     stage python sft.py --tag $tag --conversations "$data/conversations.jsonl" $sizes \
         --save-every 100 --words "$data/words.txt" --spelling-rows 1000 --bee-rows 500 \
         --init-lr-frac 0.05
     stage python export_hf.py --tag $tag
-    stage python eval.py $tag --quick --data-dir "$data"
-    stage python demo.py report --tag $tag
+    stage python eval.py $tag --quick
+    stage python eval.py --status
+    [ -z "$DRY" ] || return 0
+    echo "What does os.path.join do?" | python eval.py --chat $tag
     echo "wall time:$TIMES  all $((SECONDS - start)) s; artifacts are in $BASE/"
-}
-
-# ---- Other things --------------------------------------------------------------------------------
-
-# The tests of the exports on the oldest and the newest transformers that we promise
-matrix() {
-    local old=.venv-transformers-4.57
-    python test_all.py -k test_hf_
-    if [ ! -e $old/installed ]; then
-        echo "installing transformers 4.57 into $old"
-        python3 -m venv $old
-        $old/bin/python -m pip install --disable-pip-version-check -r requirements.txt \
-            'transformers==4.57.*' 'huggingface_hub<1' pytest matplotlib rustbpe
-        touch $old/installed
-    fi
-    $old/bin/python test_all.py -k test_hf_
 }
 
 # ---- What was asked for --------------------------------------------------------------------------
 
 main() {
     local tags
-    case "${1:-tiny}" in
+    case "$*" in
+        ""|tiny) setup; tiny; return;;
+        --dry-run|"tiny --dry-run") DRY=yes; tiny; return;;
+        status) setup; python eval.py --status; return;;
+    esac
+    case "$1" in
         help|-h|--help) sed -n '/^# The whole/,/^set /s/^# \{0,1\}//p' run_all.sh; return;;
-        tiny) [ $# -le 1 ] || die "'${*:2}': tiny takes no more words"; setup; tiny; return;;
         demo) shift; setup; stage python demo.py "$@"; return;;
-        test) shift; setup; [ "$*" = --matrix ] || exec python test_all.py "$@"; matrix; return;;
+        test) shift; setup; exec python test_all.py "$@";;
         chat) shift; tags="$(tag_of "$@")"; setup; python eval.py --chat "$tags"; return;;
     esac
     local words="$*" what=all_stages dry='^(.*) --dry-run( [1-9][0-9]*)?$'
