@@ -505,7 +505,7 @@ def how_far(folder):
     if switch is None:
         return said + f", RoPE {'on' if meta['loop_state']['use_rope'] else 'off'}"
     with_rope, without = [bpb for at, bpb in points if at == switch][:2]
-    return said + f", RoPE off since step {switch} ({with_rope:.3f} with it, {without:.3f} without)"
+    return said + f", RoPE dropped at {switch}: {with_rope:.3f} with it, {without:.3f} without"
 
 
 # ---- One tag after the other ---------------------------------------------------------------------

@@ -325,7 +325,10 @@ def pull(name):
     with tempfile.TemporaryDirectory() as temp:
         repo, new, folder = find(user, tag, "hf-sft")[0], Path(temp), base_dir() / "tokenizer"
         path = fetch(repo, "tokenizer.json", new / "tokenizer.json", "model")
-        tokenizer_from_json(path.read_text("utf-8"), new)
+        try:
+            tokenizer_from_json(path.read_text("utf-8"), new)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            sys.exit(f"{repo}: its tokenizer.json is none that export_hf.py wrote")
         ours = load_tokenizer(folder if (folder / "config.json").exists() else new)
         if tokenizer_hash(ours) != tokenizer_hash(load_tokenizer(new)):
             sys.exit(f"{repo} has another tokenizer than {folder}: change NANOCHAT_BASE_DIR")

@@ -75,7 +75,8 @@ class NanoChatConfig(PretrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: this model knows only {values}")
         rope = {"rope_type": "default", **(self.rope_parameters or {})}
         rope.pop("original_max_position_embeddings", None)      # some servers put it there
-        if set(rope) != {"rope_type", "rope_theta"} or rope["rope_type"] != "default":
+        plain = set(rope) == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
+        if not plain or not rope["rope_theta"]:
             raise ValueError(f"rope_parameters={rope}: this model knows only a plain rope_theta")
 
 

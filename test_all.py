@@ -1407,6 +1407,18 @@ def test_rope_is_dropped_before_step_11_of_20_and_nothing_else_changes(drope_run
     assert switch["switch"] and switch["val_bpb_with_rope"] != switch["val_bpb_without_rope"]
 
 
+def test_bench_prints_one_json_line_and_needs_no_files(tmp_path):
+    result = script("pretrain.py", "--bench", "--depth", 1, "--vocab-size", 320, "--max-seq-len",
+                    64, "--total-batch-size", 256, "--device-batch-size", 2, base=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("\n") == 1, result.stderr
+    record = json.loads(result.stdout)
+    assert record["tokens_per_second"] == pytest.approx(256 / record["step_seconds"], rel=0.01)
+    flops = 6 * 253_952 + 6 * 128 * 64                      # of a token: 1 layer of 128 channels
+    assert record["tflops"] == pytest.approx(record["tokens_per_second"] * flops / 1e12, abs=6e-4)
+    assert (record["batch"], record["rows_at_a_time"], record["device"]) == (256, 2, "cpu")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- A branch of a run with RoPE -----------------------------------------------------------------
 
 def test_a_branch_equals_the_run_from_scratch(drope_run, trunk_base, run_here):
@@ -2386,7 +2398,7 @@ def test_the_curve_of_a_run_has_two_points_at_the_switch(tmp_path):
     write_checkpoint(tmp_path / "t", random_model(use_rope=False))
     points = [(0, 5), (5, 0.9), (5, 1.4), (5, 5 / 6), (10, 5 / 11)]
     assert ev.validations(tmp_path / "t") == (points, 5)
-    assert "RoPE off since step 5 (0.900 with it, 1.400 without)" in ev.how_far(tmp_path / "t")
+    assert "RoPE dropped at 5: 0.900 with it, 1.400 without" in ev.how_far(tmp_path / "t")
 
 
 @pytest.mark.parametrize("words, says", [
@@ -2829,6 +2841,8 @@ def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, ow
     refuses(pull, "another run")
     (own / "tokenizer" / "tokenizer.tiktoken").write_text("eA== 0\n")
     refuses(pull, "another tokenizer")
+    online.repos["me/nanochat-d3-9tpp-hf-sft"]["tokenizer.json"] = b"[]"
+    refuses(pull, "tokenizer.json")
 
 
 def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
@@ -3045,6 +3059,7 @@ def test_saved_and_loaded_again_it_is_the_same(exported, tmp_path):
     {"hidden_act": "gelu"}, {"tie_word_embeddings": True}, {"use_rope": "false"},
     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0}},
     {"rope_parameters": {"rope_type": "default"}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
     {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_theta": 1e6}], ids=str)
 def test_an_override_that_would_be_ignored_is_refused(exported, wrong):
@@ -3291,7 +3306,7 @@ def test_status_says_how_far_each_tag_is(tiny_chain, monkeypatch, capsys):
     base, base_said, chat, chat_said = capsys.readouterr().out.splitlines()
     assert base.endswith(f"base_checkpoints/{CHAIN}, exported")
     assert re.sub(r"\d\.\d{3}\b", "X", base_said.strip()) == (
-        "finished at step 20, bits per byte X -> X, RoPE off since step 10 (X with it, X without)")
+        "finished at step 20, bits per byte X -> X, RoPE dropped at 10: X with it, X without")
     assert chat.endswith(f"/{CHAIN}_long, exported")
     assert re.fullmatch(r" +finished at step \d+, .*, RoPE off", chat_said)
 
