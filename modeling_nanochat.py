@@ -75,8 +75,7 @@ class NanoChatConfig(PretrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: this model knows only {values}")
         rope = {"rope_type": "default", **(self.rope_parameters or {})}
         rope.pop("original_max_position_embeddings", None)      # some servers put it there
-        plain = set(rope) == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
-        if not plain or not rope["rope_theta"]:
+        if rope != {"rope_type": "default", "rope_theta": rope.get("rope_theta") or "missing"}:
             raise ValueError(f"rope_parameters={rope}: this model knows only a plain rope_theta")
 
 
