@@ -129,6 +129,7 @@ class NanoChatAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         C, n_q, n_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.num_key_value_groups = config.head_dim, n_q // n_kv
+        self.scaling = self.head_dim ** -0.5                # an attribute: vLLM reads it there
         self.q_proj = linear(C, n_q * self.head_dim, C ** -0.5)
         self.k_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
         self.v_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
@@ -150,8 +151,7 @@ class NanoChatAttention(nn.Module):
         attention = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        scaling = self.head_dim ** -0.5
-        y, weights = attention(self, q, k, v, attention_mask, scaling=scaling, **kwargs)
+        y, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(y.reshape(B, T, -1)), weights                # y (B, T, n_head, head_dim)
 
 

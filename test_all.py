@@ -682,6 +682,9 @@ def test_the_state_of_the_optimizer():
     assert [(group["kind"], len(group["params"])) for group in groups] == [
         ("adamw", 1), ("adamw", 1), ("muon", 8), ("muon", 2), ("muon", 4)]
     assert groups[0]["params"][0] is model.lm_head.weight
+    fields = {"kind", "lr", "initial_lr", "weight_decay"}
+    assert groups[0].keys() >= fields | {"betas", "eps"}
+    assert groups[2].keys() >= fields | {"momentum", "ns_steps", "beta2"}
     assert state[0].keys() == state[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
     for i, shapes in ((2, [(8, 128, 128), (8, 128, 1)]), (10, [(2, 128, 384), (2, 1, 384)]),
                       (12, [(4, 384, 128), (4, 384, 1)])):
