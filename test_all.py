@@ -129,22 +129,30 @@ def one_line(result, *words):
         assert word in lines[0], lines[0]
 
 
+@contextlib.contextmanager
+def command(monkeypatch, module, args, base):
+    """sys.argv and the base folder as for a command; the signal handlers stay what they were."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """refused(module, args, words, base=...): main(), in this process, ends with a single line on
     stderr, which has these words in it; returns the line. Fast: no process is started."""
     def check(module, args, words, base):
-        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        handlers = [signal.getsignal(number) for number in numbers]
         try:
-            M.guard(module.main)
+            with command(monkeypatch, module, args, base):
+                M.guard(module.main)
         except SystemExit as e:                             # not pytest.raises, which keeps the run
             code = e.code
-        finally:
-            for number, handler in zip(numbers, handlers):
-                signal.signal(number, handler)
         lines = capsys.readouterr().err.splitlines()
         if isinstance(code, str):                           # Python prints it
             lines, code = lines + code.splitlines(), 1
@@ -1363,17 +1371,13 @@ def run_here(monkeypatch, capsys):
     """run_here(module, args, base): a script's main() in this process, which is fast; returns its
     exit status and what it printed."""
     def run(module, args, base):
-        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        numbers, status = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), 0
-        handlers = [signal.getsignal(number) for number in numbers]
+        status = 0
         try:
-            module.main()
+            with command(monkeypatch, module, args, base):
+                module.main()
         except SystemExit as e:
             status = e.code
         finally:
-            for number, handler in zip(numbers, handlers):
-                signal.signal(number, handler)
             for lock in Path(base).glob("*_checkpoints/*/.lock"):
                 lock.unlink()                               # the loader's thread still has it
         return status, "".join(capsys.readouterr())
