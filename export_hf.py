@@ -351,7 +351,10 @@ def pull_checkpoint(user, tag, stage, temp):
     with lock:
         here = newest_checkpoint(folder)
         if here == step:
-            return print(f"{folder} is there already: skipped")
+            url = huggingface_hub.hf_hub_url(repo, files["model"].name)
+            theirs = retry(repo, 60, functools.partial(huggingface_hub.get_hf_file_metadata, url))
+            if theirs.etag == file_hash(files["model"]):
+                return print(f"{folder} is there already: skipped")
         if here is not None:
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")
         if files["meta"].exists():          # it is damaged; without meta, all that came is whole

@@ -1,19 +1,19 @@
 """The specification, executable. Each section says what a file must do, then what can go wrong.
 
-    python test_all.py                      # all of it: CPU only, no network, 5 minutes on 2 cores
+    python test_all.py                      # all of it: CPU only, no network, minutes on 2 cores
     python test_all.py -k muon              # pytest's options
-    python test_all.py -m slow              # the long ones: runs killed at random, a hundred times
+    python test_all.py -m slow              # runs killed at random, a hundred times each
     python test_all.py -m bench -s          # benchmarks: each prints one line
 """
 import os
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "")        # for the tests that want a GPU
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")     # for the tests that want a GPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before torch is imported: the others need float32
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("NANOCHAT_BASE_DIR", None)
-import ast, base64, contextlib, copy, errno, hashlib, http.server, inspect, io, json, math
-import pickle, queue, random, re, shutil, signal, subprocess, sys, threading, time, types
+import ast, base64, contextlib, dataclasses, errno, hashlib, http.server, inspect, io, json
+import math, pickle, queue, random, re, shutil, signal, subprocess, sys, threading, time, types
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,13 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import demo
 import eval as ev
@@ -42,6 +41,7 @@ import sft
 import tok
 
 HERE = Path(__file__).resolve().parent
+CPU = M.Env(0, 1, torch.device("cpu"), torch.float32, None)
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
            "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 torch.set_num_threads(1)
@@ -58,15 +58,16 @@ def small_model(seed=0, n_layer=2, vocab=70, use_rope=True, std=0.2, n_embd=64, 
     return model
 
 
-def write_tokenizer(folder, merges=(), pattern=tok.PATTERN):
+def write_tokenizer(folder, merges=()):
     """The tokenizer of all tests, in the project's format: id = byte, then merges, then SPECIAL.
     Without merges <|bos|> is 256, <|user_start|> 257 ... and text can be read off the ids."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [bytes([i]) for i in range(256)] + list(merges)
     lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
     (folder / "tokenizer.tiktoken").write_text("".join(lines))
-    special = {name: len(tokens) + i for i, name in enumerate(SPECIAL)}
-    (folder / "config.json").write_text(json.dumps({"pat_str": pattern, "special_tokens": special}))
+    config = {"pat_str": tok.PATTERN,
+              "special_tokens": {name: len(tokens) + i for i, name in enumerate(SPECIAL)}}
+    (folder / "config.json").write_text(json.dumps(config))
     return M.load_tokenizer(folder)
 
 
@@ -85,7 +86,7 @@ def some_texts(n, seed=0, longest=400):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """A base folder with a tokenizer and shards; runs copy or share it."""
+    """A base folder with a tokenizer and shards."""
     base = tmp_path_factory.mktemp("base")
     write_tokenizer(base / "tokenizer", [b" t", b"he", b" the", b"in"])
     data = base / "data" / "climbmix"
@@ -103,62 +104,54 @@ def share(tiny_base, folder):
     return folder
 
 
-def user_env(base, more=None):
-    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONUNBUFFERED": "1", **(more or {})}
+def start(name, *args, base, env=None, processes=0):
+    """Starts a script as a user would; with `processes`, by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = [sys.executable, *(launcher if processes else []), HERE / name, *args]
+    env = {**os.environ, "NANOCHAT_BASE_DIR": base, "PYTHONUNBUFFERED": 1, "PYTHONPATH": HERE,
+           **(env or {})}
+    return subprocess.Popen([str(word) for word in command], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, cwd=HERE,
+                            env={key: str(value) for key, value in env.items()})
 
 
-def script(name, *args, base, timeout=600, env=None, **more):
-    """Runs a script as a user would; returns the finished process, its output as text."""
-    return subprocess.run([sys.executable, str(HERE / name), *map(str, args)], capture_output=True,
-                          text=True, timeout=timeout, env=user_env(base, env), cwd=HERE, **more)
-
-
-def start(name, *args, base, env=None):
-    """A script in the background; its output, stdout and stderr, can be read line by line."""
-    return subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=HERE,
-                            env=user_env(base, env))
-
-
-def one_line(result, *words):
-    """The process failed with a single line on stderr that has these words in it."""
-    lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
-    assert result.returncode not in (0, -11) and len(lines) == 1, \
-        (result.returncode, result.stderr, result.stdout[-500:])
-    for word in words:
-        assert word in lines[0], lines[0]
-
-
-@contextlib.contextmanager
-def command(monkeypatch, module, args, base):
-    """sys.argv and the base folder as for a command; the signal handlers stay what they were."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
+def script(*args, status=0, **more):
+    """Runs a script to its end, and returns its output, stderr last."""
+    with start(*args, **more) as process:
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == status, err[-3000:]
+    return out + err
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """refused(module, args, words, base=...): main(), in this process, ends with a single line on
-    stderr, which has these words in it; returns the line. Fast: no process is started."""
-    def check(module, args, words, base):
+def run_here(monkeypatch, capsys):
+    """run_here(module, args, base): a script's main() in this process, which is fast. Returns its
+    exit status and what it printed, stderr last."""
+    def run(module, args, base):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
-            with command(monkeypatch, module, args, base):
-                M.guard(module.main)
-        except SystemExit as e:                             # not pytest.raises, which keeps the run
-            code = e.code
-        lines = capsys.readouterr().err.splitlines()
-        if isinstance(code, str):                           # Python prints it
-            lines, code = lines + code.splitlines(), 1
-        assert code == 1 and len(lines) == 1, (code, lines)
-        assert all(word in lines[0] for word in words), lines
-        return lines[0]
+            M.guard(module.main)
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for lock in Path(base).glob("*_checkpoints/*/.lock"):
+                lock.unlink()                               # the loader's thread still has it
+        said = "".join(capsys.readouterr())
+        return (1, f"{said}{code}\n") if isinstance(code, str) else (code, said)
+    return run
+
+
+@pytest.fixture
+def refused(run_here):
+    """refused(module, args, words, base): it ends with status 1 and a line with these words."""
+    def check(module, args, words, base):
+        status, said = run_here(module, args, base)
+        last = said.splitlines()[-1]
+        assert status == 1 and all(word in last for word in words), said
     return check
 
 
@@ -168,17 +161,15 @@ class Hub(http.server.ThreadingHTTPServer):
     """files: name -> bytes, of a data set. repos: name -> path -> bytes, of models, which can be
     written to; private: those that are. faults: for a file's name a list of what happens to the
     next answers with its content: a status, "cut" (half the body), "short" (10 bytes less, said
-    so), "corrupt" (a flipped bit), "slow" (3 seconds in the middle). refuse: {part of a path:
-    status}. silent: parts of paths that are never answered. damage: the path of a file that arrives
-    damaged, once. log: the paths asked for; bodies: the files whose content was."""
+    so), "corrupt" (a flipped bit). refuse: the status of all answers. damage: the path of a file
+    that arrives damaged, once. log: the paths asked for; bodies: the files whose content was."""
     revision, daemon_threads = "c0ffee" * 6 + "c0ff", True
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), HubAnswer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files, self.repos, self.private, self.uploads = dict(files), {}, set(), {}
-        self.faults, self.refuse, self.silent, self.damage = {}, {}, [], None
-        self.log, self.bodies, self.over = [], [], threading.Event()
+        self.faults, self.refuse, self.damage, self.log, self.bodies = {}, None, None, [], []
 
     def listing(self, files):
         """Files as the hub lists them: all with git's hash, large ones with their sha256."""
@@ -211,13 +202,8 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
         hub, path = self.server, unquote(self.path.split("?")[0])
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.log.append(self.path)
-        if any(part in self.path for part in hub.silent):
-            hub.over.wait()
-            self.close_connection = True
-            return None
-        for part, status in hub.refuse.items():
-            if part in self.path:
-                return self.answer(status)
+        if hub.refuse:
+            return self.answer(hub.refuse)
         name = re.match(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/|$)", path)
         repo = hub.repos.get(name and name[1])
         if self.command in ("POST", "PUT"):
@@ -234,6 +220,8 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
         name = path.split("/resolve/main/")[1] if repo is not None else path.split("/")[-1]
         body = (hub.files if repo is None else repo).get(name)
         return self.answer(404) if body is None else self.send_file(name, body)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def write(self, path, sent, repo):
         """What a POST or PUT changes, and the answer to it."""
@@ -284,30 +272,22 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
             self.answer(200, body[:-10], **headers)
         elif fault == "corrupt":
             self.answer(200, body[:50] + bytes([body[50] ^ 1]) + body[51:], **headers)
-        elif fault in ("cut", "slow"):
+        elif fault == "cut":
             self.answer(200, body[:len(body) // 2], **whole)
-            if fault == "slow":
-                hub.over.wait(3)
-                self.wfile.write(body[len(body) // 2:])
             self.close_connection = True
         else:
             self.answer(200, body, **headers)
-
-    do_HEAD = do_POST = do_PUT = do_GET
 
 
 @pytest.fixture
 def hub(tiny_base, tmp_path):
     """A Hub with tiny_base's shards; hub.env leads a script there."""
     shards = (tiny_base / "data" / "climbmix").glob("*.parquet")
-    server = Hub({path.name: path.read_bytes() for path in shards})
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.env = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1",
-                  "HF_HOME": str(tmp_path / "hf")}
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
+    with Hub({path.name: path.read_bytes() for path in shards}) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.env = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": 1, "HF_HOME": tmp_path}
+        yield server
+        server.shutdown()
 
 
 # ==== model.py: the transformer, its loss and its gradients =======================================
@@ -401,18 +381,13 @@ def test_the_loss_in_chunks_equals_the_plain_one():
     targets[0, :5] = -1
     each = F.cross_entropy(model(ids).view(-1, 70), targets.view(-1), ignore_index=-1,
                            reduction="none")
-    each.sum().backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
+    expected = torch.autograd.grad(each.sum(), model.parameters())
     loss = model(ids, targets, chunk=7)
-    (loss / 2).backward()
     torch.testing.assert_close(loss, each.sum())
     torch.testing.assert_close(model(ids, targets, "none", chunk=7).view(-1), each)
+    (loss / 2).backward()
     for p, grad in zip(model.parameters(), expected):
         torch.testing.assert_close(2 * p.grad, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
-
-
-CPU = M.Env(0, 1, torch.device("cpu"), torch.float32, None)
 
 
 def test_micro_batches_do_not_change_the_gradient():
@@ -463,10 +438,6 @@ def test_training_and_validation_are_one_graph_each_and_so_without_rope(graphs):
         assert graphs.frame_count == expected
 
 
-def no_stop():
-    pass
-
-
 @pytest.mark.parametrize("micro", [1, 2])
 def test_bits_per_byte_by_hand(micro):
     """Uniform logits over 70 ids: log2(70) bits a token, over the bytes of those that count. It can
@@ -478,60 +449,36 @@ def test_bits_per_byte_by_hand(micro):
     rows, env = np.array([np.zeros((2, 4)), targets], np.int32), replace(CPU, micro=micro)
     got = M.bits_per_byte(model, rows, nbytes, env, lambda: stops.append(1))
     assert got == pytest.approx(5 * math.log2(70) / 11) and len(stops) == 2 / micro
-    for nothing in (rows[:, :0], None):
-        assert math.isnan(M.bits_per_byte(model, nothing, nbytes, CPU, no_stop))
 
 
-def test_float8_rounds_each_factor_and_nothing_else():
-    """e4m3, up to 448, for weights and activations; e5m2, up to 57,344, for gradients."""
+def test_float8_rounds_the_factors_of_the_blocks_and_nothing_else(monkeypatch):
+    """e4m3, up to 448, for weights and activations; e5m2 for gradients. Not for the head, not for
+    evaluation, not on a CPU."""
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     values, scale = M.to_float8(torch.tensor([-3.0, 1.5, 0.4, 0.0]), e4)
     assert values.dtype == e4 and values.float().tolist() == [-448, 224, 60, 0]     # 59.7 -> 60
-    assert scale.item() == pytest.approx(3 / 448)
-    assert M.to_float8(torch.tensor([1e30, 1.0]), e5)[0].float().tolist() == [57344, 0]
 
     def rounded(tensor, dtype):
         values, scale = M.to_float8(tensor.detach(), dtype)
-        return values.double() * scale.double()
-
-    torch.manual_seed(0)
-    x, g = torch.randn(48, 32, requires_grad=True), torch.randn(48, 64)
-    w = torch.randn(64, 32, requires_grad=True)
+        return values.float() * scale
+    x, w, g = [torch.randn(shape, requires_grad=True) for shape in ((48, 32), (64, 32), (48, 64))]
     y = M.Float8Matmul.apply(x, w)
-    gx, gw = torch.autograd.grad(y, (x, w), g)
     expected = (rounded(x, e4) @ rounded(w, e4).T, rounded(g, e5) @ rounded(w, e4),
                 rounded(g, e5).T @ rounded(x, e4))
-    for got, wanted in zip((y, gx, gw), expected):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
-    assert 0.01 < (y - x @ w.T).norm() / (x @ w.T).norm() < 0.06
+    for got, wanted in zip((y, *torch.autograd.grad(y, (x, w), g)), expected):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
-
-def test_float8_is_for_training_the_blocks_on_a_gpu_that_has_it(monkeypatch):
-    """Not for the head, not for evaluation, not on an A100."""
-    model, ids, gpu = small_model(), torch.randint(0, 70, (2, 16)), torch.device("cuda")
+    model, ids = small_model(), torch.randint(0, 70, (2, 16))
     exact = model(ids)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for device in (torch.device("cpu"), gpu):
-        with pytest.raises(SystemExit, match="--fp8 needs .*H100.* leave it out"):
-            M.set_fp8(model, replace(CPU, device=device))
+    with pytest.raises(SystemExit, match="--fp8 needs .*H100.* leave it out"):
+        M.set_fp8(model, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    M.set_fp8(model, replace(CPU, device=gpu))
+    M.set_fp8(model, replace(CPU, device=torch.device("cuda")))
     linears = [layer for layer in model.modules() if isinstance(layer, M.Linear) and layer.fp8]
     assert len(linears) == 14 and model.lm_head not in linears
     assert not torch.equal(model(ids), exact)
     with torch.no_grad():
         assert torch.equal(model(ids), exact)
-
-
-# ---- model.py: rows at a time, and running out of memory -----------------------------------------
-
-@pytest.mark.parametrize("device, rows, world, T, most, expected", [
-    ("cpu", 256, 1, 4096, None, 1), ("cpu", 6, 1, 1024, None, 3), ("cpu", 16, 1, 64, 5, 4),
-    ("cpu", 16, 4, 64, 16, 4), ("cuda", 256, 1, 4096, None, 16), ("cuda", 256, 64, 4096, None, 4),
-    ("cuda", 24, 1, 4096, None, 12), ("cuda", 1, 1, 10 ** 6, None, 1)])
-def test_rows_at_a_time(device, rows, world, T, most, expected):
-    env = replace(CPU, device=torch.device(device), world=world)
-    assert M.rows_at_a_time(env, rows, T, most) == expected
 
 
 def limit_memory(model, most):
@@ -546,28 +493,6 @@ def limit_memory(model, most):
         return forward(idx, targets)
     model.forward = limited
     return calls
-
-
-def test_out_of_memory_does_the_step_again_with_half_the_rows(capsys):
-    """What the first rows gave before is not counted twice. With one row it is the end."""
-    ids, env = torch.randint(0, 70, (12, 16)), replace(CPU, micro=6)
-    model, calm = small_model(), small_model()
-    calls = limit_memory(model, most=3)
-    loss = M.accumulate_gradients(model, ids, ids, env)
-    assert calls == [6, 6, 3, 3, 3, 3] and env.micro == 3
-    assert "6 rows at a time: the step is done again with 3 (--dev" in capsys.readouterr().out
-    assert loss == M.accumulate_gradients(calm, ids, ids, replace(CPU, micro=3))
-    for p, q in zip(model.parameters(), calm.parameters()):
-        assert torch.equal(p.grad, q.grad)
-    limit_memory(model, most=0)
-    with pytest.raises(SystemExit, match="too little memory for one row"):
-        M.accumulate_gradients(model, ids, ids, replace(CPU, micro=4))
-
-
-def torchrun(n, *args, base):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
-    return subprocess.run([*map(str, command), *map(str, args)], capture_output=True, text=True,
-                          timeout=600, env=user_env(base, {"PYTHONPATH": str(HERE)}), cwd=HERE)
 
 
 STEP = f"""
@@ -588,12 +513,11 @@ torch.save(result, sys.argv[1] + "/" + str(env.rank))
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """Also where only one of them runs out of memory. Muon's matrices (12, 3 and 6 of a shape) are
-    divided among them."""
+    """Also where one of them runs out of memory, and both do the step again with half the rows at a
+    time. Muon's matrices (12, 3 and 6 of a shape) are divided among them."""
     (tmp_path / "step.py").write_text(STEP)
-    result = torchrun(2, tmp_path / "step.py", tmp_path, base=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("out of memory with 4 rows") == 1
+    said = script(tmp_path / "step.py", tmp_path, base=tmp_path, processes=2)
+    assert said.count("out of memory with 4 rows") == 1
     model, ids = small_model(n_layer=3), torch.arange(16 * 16).view(16, 16) % 70
     expected = [M.accumulate_gradients(model, ids, ids, CPU), [p.grad for p in model.parameters()]]
     muon.build_optimizer(model).step()
@@ -602,57 +526,38 @@ def test_two_processes_do_what_one_does(tmp_path):
         micro, *got = torch.load(tmp_path / str(rank))
         assert micro == 2
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    limit_memory(model, most=0)
+    with pytest.raises(SystemExit, match="too little memory for one row"):
+        M.accumulate_gradients(model, ids, ids, replace(CPU, micro=2))
 
 
-# ---- model.py: what is refused before anything is downloaded; a write that fails -----------------
-
-@pytest.mark.parametrize("cuda, visible, driver, says", [
-    ("13.0", None, "535.104.05", "is 535.104.05, .*CUDA 13.0.* wants 580 .*index-url"),
-    ("12.8", "0", "470.82.01", "is 470.82.01, .*CUDA 12.8.* wants 525 .*CUDA_VISIBLE_DEVICES="),
-    ("13.0", None, "nonsense", "is unknown"), ("13.0", "", "535.104.05", None),
-    (None, None, "535.104.05", None), ("13.0", None, None, None)])
-def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch, tmp_path, cuda, visible, driver, says):
-    """Not where CUDA_VISIBLE_DEVICES is empty, torch has no CUDA, or there is no driver."""
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+@pytest.mark.parametrize("visible, says", [
+    (None, "is 535.104.05, .*CUDA 13.0.* wants 580 .*index-url.*CUDA_VISIBLE_DEVICES="),
+    ("", None)])
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch, tmp_path, visible, says):
+    """Unless CUDA_VISIBLE_DEVICES is empty: then the CPU is meant."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    if driver:
-        text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19"
-        (tmp_path / "version").write_text(text)
+    (tmp_path / "version").write_text("NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19")
     with pytest.raises(SystemExit, match=says) if says else contextlib.nullcontext():
         M.check_driver(str(tmp_path / "version"))
 
 
-def test_half_a_compiler_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(M.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit, match="a C compiler .*gcc.* and .*Python.h .*--compile 0"):
-        M.check_compiler()
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
-    with pytest.raises(SystemExit, match="needs [^ ]*/Python.h"):
-        M.check_compiler()
-    (tmp_path / "Python.h").touch()
-    M.check_compiler()
-
-
-def test_the_device_is_judged_before_anything_else(monkeypatch, tmp_path, refused):
-    """Neither a tokenizer nor a hub was asked for."""
-    monkeypatch.setattr(M, "check_compiler", lambda: sys.exit("half a compiler"))
+def test_the_gpu_is_judged_before_anything_is_downloaded(monkeypatch, tmp_path, refused):
+    """Its driver, and the compiler that torch.compile needs."""
     monkeypatch.setattr(M, "check_driver", lambda: sys.exit("an old driver"))
     refused(pretrain, ["--dataset", "x/y"], ["an old driver"], tmp_path)
     monkeypatch.setattr(M, "check_driver", lambda: None)
-    for name in ("is_available", "set_device", "get_device_name"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: "NVIDIA H100 80GB HBM3")
+    for name in ("is_available", "is_bf16_supported", "set_device", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **more: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    # torch says that a V100 has bfloat16, unless it is told not to count emulation
-    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or has)
-        device = torch.device("cuda", 0)
-        assert M.setup_env(compile=0) == M.Env(0, 1, device, dtype, 989e12)
-        assert muon.matmul_dtype(device) == dtype
-    refused(pretrain, ["--dataset", "x/y"], ["half a compiler"], tmp_path)
+    assert M.setup_env(compile=0) == M.Env(0, 1, torch.device("cuda", 0), torch.bfloat16, 989e12)
+    monkeypatch.setattr(M.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    words = ["a C compiler", "gcc", "Python.h", "--compile 0"]
+    refused(pretrain, ["--dataset", "x/y"], words, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -670,9 +575,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 # ==== muon.py: Muon for matrices, AdamW for the rest, and the schedules ===========================
 
-def muon_matrices(shape, n=3, seed=0):
+def muon_matrices(shape, n=3):
     """n parameters with gradients."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(n)]
     for p in params:
         p.grad = torch.randn(shape)
@@ -707,7 +612,6 @@ def test_polar_express_keeps_singular_vectors_and_brings_singular_values_near_on
     G = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e3])[:, None, None]
     U, _, V = torch.linalg.svd(G, full_matrices=False)
     X = muon.polar_express(G)
-    assert muon.polar_express(G, dtype=torch.bfloat16).dtype == torch.bfloat16
     S = torch.linalg.svdvals(X)
     assert S.min() > 0.5 and S.max() < 1.2
     assert F.cosine_similarity(X.flatten(1), (U @ V).flatten(1)).min() > 0.98
@@ -778,53 +682,31 @@ def test_schedules_at_their_corners():
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_a_parameter_without_gradient_is_left_alone_and_the_others_step(kind):
-    """Its weights and its state: a used matrix does the same beside an unused one as alone."""
+def test_a_parameter_without_gradient_is_left_alone_and_the_others_step(kind, graphs):
+    """Its weights and its state: a used matrix does the same beside an unused one as alone. Muon's
+    update is one graph, compiled once, though the learning rate moves."""
     params, alone = muon_matrices((24, 40)), muon_matrices((24, 40))
     fields = dict(kind=kind, lr=0.02, weight_decay=0.1)
-    optimizers = [muon.MuonAdamW([dict(params=params, **fields)]),
+    optimizers = [muon.MuonAdamW([dict(params=params, **fields)], compile=True),
                   muon.MuonAdamW([dict(params=[p], **fields) for p in alone])]
-    for used in ([], [0, 1, 2], [0, 2], [2], [1], [0, 1, 2]):
+    for step, used in enumerate(([], [0, 1, 2], [0, 2], [2], [1], [0, 1, 2])):
         for i, (p, q) in enumerate(zip(params, alone)):
             p.grad = q.grad = torch.randn(24, 40) if i in used else None
         before = [p.detach().clone() for p in params]
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 - 0.001 * step
             optimizer.step()
         assert [i for i in range(3) if not torch.equal(before[i], params[i])] == used
         torch.testing.assert_close(params, alone, rtol=1e-4, atol=1e-5)
+    assert graphs.frame_count == (kind == "muon")
 
 
-def test_muon_update_is_one_graph_for_each_shape(graphs):
-    """Nothing is compiled anew when the schedules move or a matrix is not used, and the numbers
-    are those of the uncompiled update. Copies step, too, uncompiled."""
-    plain, compiled = [
-        muon.MuonAdamW([dict(kind="muon", params=muon_matrices(shape), lr=0.02)
-                        for shape in ((24, 40), (40, 24))], compile) for compile in (False, True)]
-    optimizers = [plain, compiled]
-    for step in range(5):
-        if step == 4:
-            optimizers += [copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))]
-        for optimizer in optimizers:
-            torch.manual_seed(step)
-            for group in optimizer.param_groups:
-                group.update(lr=0.02 - 0.001 * step, momentum=0.9 + 0.01 * step, weight_decay=0.3)
-                for i, p in enumerate(group["params"]):
-                    p.grad = None if (step, i) == (2, 1) else torch.randn_like(p)
-            optimizer.step()
-            for group, expected in zip(optimizer.param_groups, plain.param_groups):
-                torch.testing.assert_close(group["params"], expected["params"])
-    assert graphs.frame_count == 2
-
-
-@pytest.mark.parametrize("groups, words", [
-    (lambda layer: layer.parameters(), ["without kind and lr"]),
-    (lambda layer: [dict(kind="muon", params=[layer.weight])], ["without lr"]),
-    (lambda layer: [dict(kind="sgd", params=[layer.weight], lr=0.1)], ["'sgd'"]),
-    (lambda layer: [dict(kind="muon", params=layer.parameters(), lr=0.1)], ["(3,)", "(3, 4)"]),
-    (lambda layer: [dict(kind="muon", params=layer.half().weight, lr=0.1)], ["float16"])])
-def test_a_group_that_cannot_be_is_one_line_that_shows_how_a_group_looks(groups, words):
+@pytest.mark.parametrize("group, words", [
+    (dict(kind="sgd", lr=0.1), ["'sgd'"]), (dict(kind="muon", lr=0.1), ["(3,)", "(3, 4)"])])
+def test_a_group_that_cannot_be_is_one_line_that_shows_how_a_group_looks(group, words):
     with pytest.raises(ValueError) as error:
-        muon.MuonAdamW(groups(torch.nn.Linear(4, 3)))
+        muon.MuonAdamW([dict(group, params=torch.nn.Linear(4, 3).parameters())])
     line = str(error.value)
     assert "\n" not in line and all(word in line for word in [*words, "dict(kind='muon', params="])
 
@@ -840,7 +722,7 @@ def test_a_group_that_cannot_be_is_one_line_that_shows_how_a_group_looks(groups,
     ({"a" * 4: 1}, "aa aaaa"), ({"a" * 7: 1}, "aa aaaa aaa aaaaaaa"),   # aa aa aa a: from the left
     ({"a" * 5: 1}, "aa aaa aaaaa"),                     # aa aa a: once each, a is the smaller id
     ({"ab": 80, "xyz": 1}, "ab xy xyz"), ({"a": 9, "b": 1}, ""), ({}, "")])
-def test_tok_merges_worked_by_hand(counts, merges):
+def test_merges_worked_by_hand(counts, merges):
     """All of them, until no pair is left."""
     for train in (tok.train_slowly, tok.train):
         tokens = train(counts, 100)
@@ -848,37 +730,22 @@ def test_tok_merges_worked_by_hand(counts, merges):
         assert b" ".join(tokens[256:]).decode() == merges
 
 
-def test_tok_fast_training_equals_the_textbook_and_rustbpe():
-    """150 corpora of few letters (ties, runs, overlaps) or of any characters, with and without
-    pairs left over."""
+def test_fast_training_equals_the_textbook_and_rustbpe():
+    """100 corpora of few letters (ties, runs, overlaps) or of any characters."""
+    rustbpe = pytest.importorskip("rustbpe")
     alphabets = ["a", "ab", "aab ", "abc", "abcd 1'\n", "etaoinshrdlu  \n", "aé東🎉 ",
                  "'sS tT\r\n\t 12!?", "the cat.\u00a0\u2003_-"]
-    made = []
-    for seed in range(150):
+    for seed in range(100):
         r = random.Random(seed)
         letters, n_merges = r.choice(alphabets), r.choice([1, 5, 30, 200])
         texts = ["".join(r.choices(letters, k=r.randint(0, 60))) for _ in range(r.randint(1, 60))]
         counts = Counter(chunk for text in texts for chunk in tok.split(text))
-        made.append((texts, n_merges, tok.train(counts, n_merges)))
-        assert made[-1][2] == tok.train_slowly(counts, n_merges), texts
-    rustbpe = pytest.importorskip("rustbpe")
-    for texts, n_merges, tokens in made:
+        tokens = tok.train(counts, n_merges)
+        assert tokens == tok.train_slowly(counts, n_merges), texts
         reference = rustbpe.Tokenizer()
         reference.train_from_iterator(iter(texts), 256 + n_merges, pattern=tok.PATTERN)
         assert tokens == [bytes(token) for token, _ in reference.get_mergeable_ranks()], texts
 
-
-def test_tok_split_is_the_same_with_re_and_with_regex():
-    """For every character up to U+FFFF, beside letters, digits, signs and white space."""
-    characters = [chr(i) for i in range(0x10000) if not 0xD800 <= i < 0xE000]
-    for i in range(0, len(characters), 512):
-        text = "".join(f"a{c}b '{c}{c}1{c}2 {c}x.{c}\n{c} \t{c}{c}\n"
-                       for c in characters[i:i + 512])
-        assert tok.fast.findall(text) == tok.full.findall(text), f"U+{i:04X}"
-        assert tok.split(text + "🎉") == tok.full.findall(text + "🎉"), f"U+{i:04X}"
-
-
-# ---- tok.py: the files ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def tok_made(tmp_path_factory):
@@ -886,20 +753,17 @@ def tok_made(tmp_path_factory):
     needs no other file of the project; its folders are those under the base folder."""
     base = tmp_path_factory.mktemp("tok")
     texts = (HERE / "README.md").read_text().splitlines(keepends=True)
-    write_shard(base / "data/climbmix/shard_00000.parquet", texts[:100], 30)
-    write_shard(base / "data/climbmix/shard_00001.parquet", texts[100:], 30)
-    write_shard(base / "data/climbmix/shard_06542.parquet", ["zqxjzqxj " * 500])
+    for number, some in ((0, texts[:100]), (1, texts[100:]), (6542, ["zqxjzqxj " * 500])):
+        write_shard(base / f"data/climbmix/shard_{number:05d}.parquet", some, 30)
     shutil.copy(HERE / "tok.py", base)
-    command = [sys.executable, "tok.py", "--vocab-size", "512", "--workers", "2"]
-    done = subprocess.run(command, cwd=base, env=user_env(base), capture_output=True, text=True)
-    assert "round trip through tiktoken ok" in done.stdout, done.stderr
+    said = script(base / "tok.py", "--vocab-size", 512, "--workers", 2, base=base)
+    assert "round trip through tiktoken ok" in said
     return base / "tokenizer"
 
 
-def test_tok_files(tok_made):
+def test_the_files_of_a_tokenizer(tok_made):
     """A token a line, base64 and id, the 256 bytes first, then 247 merges; the 9 special tokens
     have the last ids, in order. The validation shard, which says zqxj, was not read."""
-    assert sorted(p.name for p in tok_made.iterdir()) == ["config.json", "tokenizer.tiktoken"]
     texts = (HERE / "README.md").read_text().splitlines(keepends=True)
     counts = Counter(chunk for text in texts for chunk in tok.split(text))
     lines = [f"{base64.b64encode(token).decode()} {i}\n"
@@ -916,7 +780,7 @@ def test_tok_files(tok_made):
     ("It's 12345 o'clock.\n\n", ["It", "'s", " ", "12", "34", "5", " o", "'clock", ".\n\n"]),
     ("  two  spaces\n\tx = (1)", [" ", " two", " ", " spaces", "\n", "\tx", " =", " (", "1", ")"]),
     ("naïve 東京🎉!?\r\n ", ["naïve", " 東京", "🎉!?\r\n", " "]), ("<|bos|>", ["<|", "bos", "|>"])])
-def test_tok_a_text_is_cut_into_chunks_and_makes_the_round_trip_in_tiktoken(tok_made, text, chunks):
+def test_a_text_is_cut_into_chunks_and_makes_the_round_trip_in_tiktoken(tok_made, text, chunks):
     enc = M.load_tokenizer(tok_made)
     assert tok.split(text) == chunks and enc.decode(enc.encode_ordinary(text)) == text
     by_chunk = [enc.encode_ordinary(chunk) for chunk in chunks]
@@ -924,14 +788,11 @@ def test_tok_a_text_is_cut_into_chunks_and_makes_the_round_trip_in_tiktoken(tok_
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_tok_takes_documents_in_order_until_there_are_enough(tmp_path, workers):
-    """Documents are cut at doc_cap; the one that reaches max_chars is the last; later shards are
-    not even opened."""
+def test_documents_are_taken_in_order_until_there_are_enough(tmp_path, workers):
+    """Documents are cut at doc_cap; the one that reaches max_chars is the last."""
     texts = [str(i) * 30 for i in range(10)]
     shards = [write_shard(tmp_path / "shard_00000.parquet", texts[:5] + [None], 2),
               write_shard(tmp_path / "shard_00001.parquet", texts[5:], 2)]
-    if workers == 1:                                        # more workers read ahead
-        shards.append(tmp_path / "missing.parquet")
     counts, chars, docs, n_shards = tok.count_chunks(shards, 141, 20, workers)
     # 8 texts of 20 characters and the missing one, from both shards
     assert (chars, docs, n_shards) == (160, 9, 2)
@@ -939,26 +800,21 @@ def test_tok_takes_documents_in_order_until_there_are_enough(tmp_path, workers):
 
 
 @pytest.mark.parametrize("whom, says", [("all", "interrupted"), ("worker", "--workers 1")])
-def test_tok_stopped_while_counting_it_leaves_nothing(tmp_path, whom, says):
-    """Ctrl-C, which goes to all its processes, or a worker that is killed for want of memory: one
-    line, no file, and no worker that holds the output."""
-    write_shard(tmp_path / "shard_00000.parquet", some_texts(20_000), 50)
-    command = [sys.executable, HERE / "tok.py", "--data-dir", tmp_path, "--out-dir",
-               tmp_path / "out", "--workers", "2", "--vocab-size", "1000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+def test_a_tokenizer_that_is_stopped_leaves_nothing(tmp_path, whom, says):
+    """Ctrl-C, which goes to all its processes, or a worker that is killed for want of memory."""
+    write_shard(tmp_path / "data/climbmix/shard_00000.parquet", some_texts(20_000), 50)
+    process = start("tok.py", "--workers", 2, "--vocab-size", 1000, base=tmp_path)
     assert "counting shard_00000" in process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     if whom == "all":
-        os.killpg(process.pid, signal.SIGINT)
+        for pid in [*children, process.pid]:
+            os.kill(int(pid), signal.SIGINT)
     else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1 and len(error.splitlines()) == 1 and says in error, error
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "tokenizer").iterdir())
 
-
-# ---- tok.py: what a user can get wrong -----------------------------------------------------------
 
 def shard_bytes(column, values):
     file = pa.BufferOutputStream()
@@ -966,90 +822,56 @@ def shard_bytes(column, values):
     return file.getvalue().to_pybytes()
 
 
-GOOD_SHARD = shard_bytes("text", some_texts(20))
-
-
 @pytest.mark.parametrize("content", [
-    b"", GOOD_SHARD[:-100], GOOD_SHARD[:4] + bytes(200) + GOOD_SHARD[204:], shard_bytes("text", []),
+    b"", shard_bytes("text", some_texts(20))[:-100], shard_bytes("text", []),
     shard_bytes("text", [1, 2]), shard_bytes("content", ["text"])],
-    ids=["no bytes", "cut short", "damaged inside", "no documents", "numbers", "no column"])
-def test_tok_names_a_bad_shard(tmp_path, refused, content):
-    (tmp_path / "shard_00000.parquet").write_bytes(GOOD_SHARD)
+    ids=["no bytes", "cut short", "no documents", "numbers", "no column"])
+def test_a_bad_shard_is_named(tmp_path, refused, content):
+    write_shard(tmp_path / "shard_00000.parquet", some_texts(20))
     (tmp_path / "shard_00001.parquet").write_bytes(content)
-    args = ["--data-dir", tmp_path, "--out-dir", tmp_path / "out", "--workers", 1]
-    refused(tok, args, ["shard_00001.parquet", "replace or remove it"], tmp_path)
-    assert not list((tmp_path / "out").iterdir())
+    refused(tok, ["--data-dir", tmp_path, "--workers", 1],
+            ["shard_00001.parquet", "replace or remove it"], tmp_path)
+    assert not list((tmp_path / "tokenizer").iterdir())
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--vocab", 400], ["--vocab"]), (["--workers", 0], ["'0'"]), (["more"], ["more"]),
-    (["--max-chars", "1e9"], ["'1e9'"]), (["--max-chars", "9" * 5000], ["--max-chars"]),
-    (["--vocab-size", 264], ["--vocab-size 264: give 265 to 65536"]),
-    (["--vocab-size", 65_537], ["--vocab-size 65537: give 265 to 65536"]),
-    (["--data-dir", "nowhere"], ["shard_*.parquet", "pretrain.py --fetch 8"]),
-    (["--workers", 1, "--vocab-size", 277], ["too few", "give --vocab-size 276 or less"])])
-def test_tok_names_what_is_wrong_on_the_command_line(tmp_path, refused, args, words):
-    """The text, "low", " lower" and " newest", has 11 merges: 256 + 11 + 9 = 276 ids."""
+def test_a_finished_tokenizer_is_kept_and_an_unfinished_one_made_anew(tmp_path, monkeypatch,
+                                                                      refused, run_here):
+    """It is finished with config.json, which a full disk keeps it from."""
     write_shard(tmp_path / "data/climbmix/shard_00000.parquet", ["low lower newest"])
-    refused(tok, args, words, tmp_path)
-    assert not list(tmp_path.glob("tokenizer/*"))
+    args, out, replace = ["--workers", 1, "--vocab-size", 276], tmp_path / "tokenizer", os.replace
 
-
-def test_tok_a_finished_tokenizer_is_kept_and_an_unfinished_one_made_anew(tok_made, tmp_path,
-                                                                           refused):
-    """It is finished with config.json. What tok.py does not know it leaves alone."""
-    args = ["--data-dir", tok_made.parent / "data/climbmix", "--workers", 1]
-    out = tmp_path / "tokenizer"
-    out.mkdir()
-    (out / "tokenizer.tiktoken").write_text("cut of")
-    for says in ("saved in", "tokenizer exists, skipped"):
-        done = script("tok.py", *args, "--vocab-size", 512, base=tmp_path)
-        assert done.returncode == 0 and says in done.stdout, done.stderr
-        made = (tok_made / "tokenizer.tiktoken").read_bytes()
-        assert (out / "tokenizer.tiktoken").read_bytes() == made
-    refused(tok, args, ["has 512 ids, not 32768", "--out-dir"], tmp_path)
-    for content in ("{", "[]", '{"special_tokens": 5}', "{}"):
-        (out / "config.json").write_text(content)
-        refused(tok, args, ["config.json", "--out-dir"], tmp_path)
-        assert (out / "config.json").read_text() == content
-    refused(tok, [*args, "--out-dir", out / "config.json"], ["cannot write to"], tmp_path)
-
-
-def test_tok_a_full_disk_leaves_nothing(tmp_path, monkeypatch, refused):
-    """Least of all a config.json, which says that the tokenizer is finished."""
     def full(part, path):
         if path.name == "tokenizer.tiktoken":
             raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "replace", full)
-    write_shard(tmp_path / "shard_00000.parquet", ["low lower newest"])
-    args = ["--data-dir", tmp_path, "--workers", 1, "--vocab-size", 276]
-    refused(tok, args, ["No space left on device", "another --out-dir"], tmp_path)
-    assert not list((tmp_path / "tokenizer").iterdir())
+        replace(part, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        refused(tok, args, ["No space left on device", "another --out-dir"], tmp_path)
+    assert not list(out.iterdir())
+    (out / "tokenizer.tiktoken").write_text("cut of")
+    for says in ("saved in", "tokenizer exists, skipped"):
+        status, said = run_here(tok, args, tmp_path)
+        assert status == 0 and says in said and M.load_tokenizer(out).n_vocab == 276
+    refused(tok, ["--workers", 1], ["has 276 ids, not 32768", "--out-dir"], tmp_path)
+    (out / "config.json").write_text("{")
+    refused(tok, args, ["config.json", "--out-dir"], tmp_path)
+    assert (out / "config.json").read_text() == "{"
 
 
 # ==== demo.py: a toy that shows in minutes what dropping RoPE does ================================
 
-@pytest.fixture(scope="session")
-def demo_corpus(tmp_path_factory):
-    return demo.write_corpus(tmp_path_factory.mktemp("demo") / "data" / "demo")
-
-
-def test_demo_corpus_is_made_once_and_always_the_same(demo_corpus, tmp_path, capsys):
-    result = script("demo.py", "--corpus", base=tmp_path, env={"PYTHONHASHSEED": "7"})
-    assert result.returncode == 0, result.stderr
-    files = list(demo_corpus.iterdir())
-    assert len(files) == 5                                  # shards, conversations, words
-    for path in files:
-        assert (tmp_path / "data" / "demo" / path.name).read_bytes() == path.read_bytes(), path
-    demo.write_corpus(demo_corpus)
-    assert "there already" in capsys.readouterr().out
-
-
-def test_demo_corpus_keeps_what_it_validates_on_apart(demo_corpus):
+def test_the_corpus_is_always_the_same_and_keeps_what_it_validates_on_apart(tmp_path):
+    corpus = demo.write_corpus(tmp_path / "data" / "again")
+    script("demo.py", "--corpus", base=tmp_path, env={"PYTHONHASHSEED": 7})
+    files = sorted(path.name for path in corpus.iterdir())
+    assert files == ["conversations.jsonl", "conversations_val.jsonl", "shard_00000.parquet",
+                     "shard_06542.parquet", "words.txt"]
+    for name in files:
+        assert (tmp_path / "data/demo" / name).read_bytes() == (corpus / name).read_bytes(), name
     texts, pairs = [], []
     for shard, name in ((0, "conversations"), (6542, "conversations_val")):
-        texts.append(pq.read_table(demo_corpus / f"shard_{shard:05d}.parquet")["text"].to_pylist())
-        lines = (demo_corpus / f"{name}.jsonl").read_text().splitlines()
+        texts.append(pq.read_table(corpus / f"shard_{shard:05d}.parquet")["text"].to_pylist())
+        lines = (corpus / f"{name}.jsonl").read_text().splitlines()
         pairs.append({q["content"]: a["content"] for q, a in map(json.loads, lines)})
     assert 0.04 < len(texts[1]) / len(texts[0] + texts[1]) < 0.06
     assert not set(texts[0]) & set(texts[1]) and sum(map(len, texts[0])) > 1_000_000
@@ -1057,39 +879,16 @@ def test_demo_corpus_keeps_what_it_validates_on_apart(demo_corpus):
     for some, answers in zip(texts, pairs):                 # an answer is taken from its own shard
         text = " ".join(" ".join(some).split())
         assert all(answer in text for answer in list(answers.values())[::50])
-    [answer] = [a for q, a in {**pairs[0], **pairs[1]}.items() if " os.path.join" in q]
-    assert answer.startswith("Join two or more pathname components")
-    words = (demo_corpus / "words.txt").read_text().split()
-    assert "string" in words and all(re.fullmatch("[a-z]{3,20}", word) for word in words)
 
 
-def test_demo_reads_docstrings_and_runs_nothing(tmp_path, monkeypatch):
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "hidden.py").write_text('"""Tests are no documentation of anything."""\n')
-    (tmp_path / "broken.py").write_text("def (:\n")
-    (tmp_path / "trap.py").write_text(
-        '"""A module whose import would end the program."""\nraise SystemExit\n'
-        'def f():\n    """Does a thing that is long enough."""\n'
-        'class C:\n    """Holds things that are long enough."""\n'
-        '    def g(self):\n        """Does a thing that is long enough."""\n')
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    found = [entries for entries in demo.gather() if entries[0][0] != "topic"]
-    assert sorted(found) == [                               # g's docstring is f's: left out
-        [("class", "trap.C", "Holds things that are long enough.")],
-        [("function", "trap.f", "Does a thing that is long enough.")],
-        [("module", "trap", "A module whose import would end the program.")]]
-    with pytest.raises(SystemExit, match="use another one"):        # a Python without sources
-        demo.write_corpus(tmp_path / "corpus")
-
-
-DEMO_BOS, STREAM = 431, torch.cat([torch.tensor([431]), torch.arange(400)]).repeat(3)
+STREAM = torch.cat([torch.tensor([431]), torch.arange(400)]).repeat(3)
 
 
 def key_of(fact):
     return demo.KEY + (fact - demo.FACT) // demo.VALUES
 
 
-def test_demo_training_rows_tell_four_facts_and_ask_four_questions():
+def test_rows_tell_four_facts_and_ask_for_them_and_a_prompt_has_one_right_answer():
     rows, weights = demo.training_rows(STREAM, torch.Generator().manual_seed(0))
     assert rows.shape == (16, 129) and weights.shape == (16, 128)
     for row, weight in zip(rows.tolist(), weights.tolist()):
@@ -1100,42 +899,19 @@ def test_demo_training_rows_tell_four_facts_and_ask_four_questions():
             assert key_of(row[i + 1]) == row[i] and row[i + 1] in [row[j] for j in told]
         for i in range(128):                                # weight[i]: of predicting row[i + 1]
             assert weight[i] == (0 if i + 1 in told + asked else 5 if i in asked else 1), i
-
-
-def test_demo_prompts_have_one_right_answer():
-    rows = demo.prompts(STREAM, 300, 96, torch.Generator().manual_seed(0))
-    assert rows.shape == (300, 97) and (rows[:, 0] == DEMO_BOS).all()
-    asked = set()
-    for *context, question, answer in rows.tolist():
+    for *context, question, answer in demo.prompts(STREAM, 300, 96, torch.Generator()).tolist():
         facts = [token for token in context if token >= demo.FACT]
         assert len(facts) == 4 and [fact for fact in facts if key_of(fact) == question] == [answer]
-        asked.add(question)
-    assert asked == set(range(demo.KEY, demo.KEY + 8))
 
 
-def test_demo_judges_the_same_tokens_at_every_length():
-    rows = [demo.windows(torch.arange(3000), n * demo.T) for n in demo.LENGTHS]
-    assert [part.shape for part in rows] == [(64, n * 128 + 1) for n in (1, 2, 4, 8)]
-    assert all(part[:, -demo.TAIL:].equal(rows[0][:, -demo.TAIL:]) for part in rows)
-
-    def two_bits(idx, targets, reduction):                  # of each of the last 32 tokens
-        losses = torch.full(targets.shape, 1e9)
-        losses[:, -32:] = 2 * math.log(2)
-        return losses
-    rows = torch.zeros(3, 65, dtype=torch.long)
-    rows[0, -2] = 1                                         # a special token: 0 bytes
-    assert demo.bits_per_byte(two_bits, rows, torch.tensor([4, 0])) == pytest.approx(0.5)
-
-
-def test_demo_drope_is_rope_until_the_switch(monkeypatch):
-    seen = []
+def test_drope_is_rope_until_the_switch(monkeypatch):
+    seen, losses = [], {}
 
     class Watched(M.GPT):
         def forward(self, *args, **more):
             seen[-1].append(self.use_rope)
             return super().forward(*args, **more)
     monkeypatch.setattr(demo, "GPT", Watched)
-    losses = {}
     for arm in ("RoPE", "DroPE 50", "DroPE 75", "NoPE"):
         seen.append([])
         losses[arm] = demo.train(arm, 3, 4, STREAM)[1]
@@ -1145,7 +921,8 @@ def test_demo_drope_is_rope_until_the_switch(monkeypatch):
     assert losses["RoPE"][2] != losses["DroPE 50"][2]
 
 
-def test_demo_goes_through_at_a_tiny_size(tmp_path, monkeypatch):
+def test_the_demonstration_at_a_tiny_size(tmp_path, monkeypatch):
+    """Up to the training length T, c and NTK change nothing. Run again, it finds its results."""
     for name, value in (("PROMPTS", 8), ("WINDOWS", 2), ("SCALES", (0.0, 0.4))):
         monkeypatch.setattr(demo, name, value)
     for shard in (0, 6542):
@@ -1156,26 +933,18 @@ def test_demo_goes_through_at_a_tiny_size(tmp_path, monkeypatch):
     assert [result["name"] for result in results] == [
         "RoPE", "RoPE + NTK", "DroPE 50", "DroPE 75", "NoPE"]
     for result in results:
-        assert result["facts"][0] == result["facts_fitted"][0]      # up to T nothing changes
+        assert result["facts"][0] == result["facts_fitted"][0]
         assert result["text"][0] == result["text_fitted"][0]
     assert results[0]["text"][0] == results[1]["text"][0]
-    assert results[0]["text"][3] != results[1]["text"][3]           # but NTK does beyond
-    monkeypatch.setattr(demo, "train", None)        # a second run finds the results of the first
+    assert results[0]["text"][3] != results[1]["text"][3]
+    monkeypatch.setattr(demo, "train", None)
     assert [result for job in jobs for result in demo.run_arm(job)] == results
     assert len(demo.table(results).splitlines()) == 2 + 5
     demo.draw(results, 10, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("args", ["raport", "--seeds 0", "--steps nan"])
-def test_demo_refuses(tmp_path, refused, args):
-    refused(demo, args.split(), args.split(), base=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 # ==== pretrain.py: a base model, trained on shards; on the way RoPE is dropped ====================
-
-# ---- The numbers of a recipe ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("depth, tpp, steps, tokens", [
     (18, 9, 2784, 2.92e9), (18, 20, 6187, 6.49e9),
@@ -1261,16 +1030,15 @@ def test_packing_equals_naive_best_fit_and_loses_no_document(tmp_path):
     stream, got = pretrain.PackedRows(shards, shards.names, enc, 250, epochs=1), []
     while (row := stream.next_row()) is not None:
         got.append(row.tolist())
-    lengths = [len(document) for document in documents]
-    rows = naive_best_fit(lengths, 250, 1000, 128, cut=True)
+    rows = naive_best_fit([len(d) for d in documents], 250, 1000, 128, cut=True)
     assert sorted(n for row in rows for n, _ in row) == list(range(1667))
     assert len(got) == len(rows) - 1 > 500                  # the last one is not filled
     for row, expected in zip(got, rows):
         assert row == [token for n, size in expected for token in documents[n][:size]]
-    assert stream.seen == sum(lengths) and 0 < stream.cut < 0.05 * stream.seen
+    assert stream.seen == sum(map(len, documents)) and 0 < stream.cut < 0.05 * stream.seen
 
 
-def test_packing_resumes_from_its_state_after_any_row(tmp_path, capsys):
+def test_packing_resumes_from_its_state_after_any_row(tmp_path):
     """At the ends of row groups, shards and epochs, too; but not if the shards have changed."""
     enc = write_tokenizer(tmp_path / "tok")
     shards = local_shards(tmp_path, *(some_texts(n, n, 60) for n in (600, 640, 500)), group=300)
@@ -1280,32 +1048,23 @@ def test_packing_resumes_from_its_state_after_any_row(tmp_path, capsys):
         states.append(whole.state())
         rows.append(whole.next_row())
     assert len(rows) > 100 and any((s["pq_idx"], s["row"]) == (2, 0) for s in states)
-    assert capsys.readouterr().out == "epoch 2: documents repeat, all 3 shards are read\n"
     for n, state in enumerate(states):
         torch.save(state, tmp_path / "state")
         again = pretrain.PackedRows(**options, state=torch.load(tmp_path / "state"))
         for row in rows[n:] if n % 25 == 0 else rows[n:n + 3]:
             assert np.array_equal(row, again.next_row()), n
-    pretrain.PackedRows(**{**options, "names": [*shards.names, "shard_9"]}, state=states[9])
     with pytest.raises(SystemExit, match="not as this run knew it.*shard_00001"):
         pretrain.PackedRows(**{**options, "names": ["shard_00001.parquet"]}, state=states[9])
 
 
 # ---- A run and its files -------------------------------------------------------------------------
 
-# A step is 1,024 tokens; there are 253,952 scaling parameters
+STEPS_20 = 20.5 * 1024 / 253_952        # tpp for 20 steps of 1,024 tokens: N is 253,952 at depth 1
 TINY = ("--depth", 1, "--dataset", "local", "--max-seq-len", 64, "--total-batch-size", 1024,
         "--eval-tokens", 2048, "--eval-sample", 1024, "--eval-every", 8, "--save-every", 5,
-        "--matrix-lr", 0.2, "--embedding-lr", 3)
-
-
-def tpp_for(steps):
-    return (steps + 0.5) * 1024 / 253_952
-
-
-STEPS_20 = tpp_for(20)
+        "--matrix-lr", 0.2, "--embedding-lr", 3, "--tpp", STEPS_20)
+DROPE = (*TINY, "--drope", 50, "--tag", "drope")
 TRUNK = pretrain.name_of(1, STEPS_20, None)                 # the tag of such a run with RoPE
-DROPE = (*TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", "drope")
 
 
 def records(folder):
@@ -1319,9 +1078,9 @@ def losses(folder, key="loss"):
 
 
 def final(folder):
+    """The last step of a run, and its meta."""
     step = max(M.checkpoint_steps(folder))
-    return (step, M.load_part(folder, step, "model"), M.load_part(folder, step, "optim"),
-            M.read_meta(folder, step))
+    return step, M.read_meta(folder, step)
 
 
 def same(a, b):
@@ -1337,7 +1096,7 @@ def same(a, b):
 
 def assert_same_run(a, b, parts=("model", "optim", "loader")):
     """Two folders hold the same finished run: tensors, data position, metrics, to the bit."""
-    (step, *_, meta_a), (step_b, *_, meta_b) = final(a), final(b)
+    (step, meta_a), (step_b, meta_b) = final(a), final(b)
     assert step == step_b and meta_a["finished"] and meta_b["finished"]
     for part in parts:
         assert same(M.load_part(a, step, part), M.load_part(b, step, part)), part
@@ -1346,14 +1105,18 @@ def assert_same_run(a, b, parts=("model", "optim", "loader")):
     assert records(a) == records(b) and not list(b.glob(".*.tmp"))
 
 
+def assert_near(a, b):
+    for key in ("loss", "val_bpb"):
+        assert losses(a, key) == pytest.approx(losses(b, key), rel=1e-4)
+
+
 @pytest.fixture(scope="session")
 def drope_run(tiny_base):
     """The folder of an undisturbed run of 20 steps, with the switch at 10; what it printed is in
     `log`. The other tests compare theirs with it."""
-    result = script("pretrain.py", *DROPE, base=tiny_base)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    log = script("pretrain.py", *DROPE, base=tiny_base)
     folder = tiny_base / "base_checkpoints" / "drope"
-    (folder / "log").write_text(result.stdout)
+    (folder / "log").write_text(log)
     return folder
 
 
@@ -1361,31 +1124,12 @@ def drope_run(tiny_base):
 def trunk_base(tiny_base, tmp_path_factory):
     """Another base folder, where the same run with RoPE has kept its checkpoints."""
     base = share(tiny_base, tmp_path_factory.mktemp("trunk"))
-    result = script("pretrain.py", *TINY, "--tpp", STEPS_20, base=base)
-    assert result.returncode == 0, result.stderr
+    script("pretrain.py", *TINY, base=base)
     return base
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """run_here(module, args, base): a script's main() in this process, which is fast; returns its
-    exit status and what it printed."""
-    def run(module, args, base):
-        status = 0
-        try:
-            with command(monkeypatch, module, args, base):
-                module.main()
-        except SystemExit as e:
-            status = e.code
-        finally:
-            for lock in Path(base).glob("*_checkpoints/*/.lock"):
-                lock.unlink()                               # the loader's thread still has it
-        return status, "".join(capsys.readouterr())
-    return run
-
-
 def test_the_files_of_a_run(drope_run):
-    step, weights, _, meta = final(drope_run)
+    step, meta = final(drope_run)
     assert M.checkpoint_steps(drope_run) == [15, 20]        # the last two
     assert (step, meta["step"], meta["switch"], meta["finished"]) == (20, 20, 10, True)
     assert set(meta["model_config"]) == {"sequence_len", "vocab_size", "n_layer", "n_head",
@@ -1409,24 +1153,10 @@ def test_rope_is_dropped_before_step_11_of_20_and_nothing_else_changes(drope_run
     assert [(r["step"], r["use_rope"]) for r in steps] == [(i, i <= 10) for i in range(1, 21)]
     assert losses(trunk)[:10] == losses(drope_run)[:10] and losses(trunk)[10] != steps[10]["loss"]
     for folder, use_rope in ((trunk, True), (drope_run, False)):
-        assert final(folder)[3]["loop_state"]["use_rope"] is use_rope
+        assert final(folder)[1]["loop_state"]["use_rope"] is use_rope
     switch = log[log.index(steps[10]) - 1]
     assert switch["switch"] and switch["val_bpb_with_rope"] != switch["val_bpb_without_rope"]
 
-
-def test_bench_prints_one_json_line_and_needs_no_files(tmp_path):
-    result = script("pretrain.py", "--bench", "--depth", 1, "--vocab-size", 320, "--max-seq-len",
-                    64, "--total-batch-size", 256, "--device-batch-size", 2, base=tmp_path)
-    assert result.returncode == 0 and result.stdout.count("\n") == 1, result.stderr
-    record = json.loads(result.stdout)
-    assert record["tokens_per_second"] == pytest.approx(256 / record["step_seconds"], rel=0.01)
-    flops = 6 * 253_952 + 6 * 128 * 64                      # of a token: 1 layer of 128 channels
-    assert record["tflops"] == pytest.approx(record["tokens_per_second"] * flops / 1e12, abs=6e-4)
-    assert (record["batch"], record["rows_at_a_time"], record["device"]) == (256, 2, "cpu")
-    assert not list(tmp_path.iterdir())
-
-
-# ---- A branch of a run with RoPE -----------------------------------------------------------------
 
 def test_a_branch_equals_the_run_from_scratch(drope_run, trunk_base, run_here):
     """It finds its trunk, which has kept checkpoints for it. A finished run is skipped."""
@@ -1455,98 +1185,118 @@ def change_meta(folder, step, change):
 
 
 @pytest.mark.parametrize("why, says", [
-    ("nothing", ""), ("damaged", "model_000010.pt is damaged"),
-    ("recipe", "matrix_lr = 0.2, not 0.3"), ("revision", "revision = local")])
+    ("damaged", "model_000010.pt is damaged"), ("recipe", "matrix_lr = 0.2, not 0.3"),
+    ("revision", "revision = local of the shards, not c0ffee")])
 def test_a_trunk_of_another_run_is_not_used(drope_run, trunk_base, tmp_path, capsys, why, says):
-    trunk, meta = tmp_path / "base_checkpoints" / TRUNK, final(drope_run)[3]
+    trunk, meta = tmp_path / "base_checkpoints" / TRUNK, final(drope_run)[1]
     shutil.copytree(trunk_base / "base_checkpoints" / TRUNK, trunk)
-    cfg, recipe = pretrain.Config(**meta["user_config"]), meta["recipe"]
     if why == "damaged":
         damage(M.checkpoint_files(trunk, 10)["model"])
     if why == "recipe":
-        recipe["matrix_lr"] = 0.3
+        meta["recipe"]["matrix_lr"] = 0.3
+    cfg = pretrain.Config(**meta["user_config"])
     shards = types.SimpleNamespace(revision="c0ffee" if why == "revision" else "local")
-    run = M.Run(tmp_path / "base_checkpoints" / "new", cfg, recipe, CPU)
+    run = M.Run(tmp_path / "base_checkpoints" / "new", cfg, meta["recipe"], CPU)
     derived = pretrain.derive(cfg, meta["model_config"]["vocab_size"])
-    found = pretrain.find_trunk(run, shards, derived)
-    assert found == ((trunk, 10) if why == "nothing" else None)
+    assert pretrain.find_trunk(run, shards, derived) is None
     assert says in "".join(capsys.readouterr())
 
 
-# ---- An interrupted run ends in the same tensors -------------------------------------------------
+# ---- Shards come from the hub while it trains ----------------------------------------------------
 
-def signal_in_call(monkeypatch, module, name, n, number):
-    """The n-th call of this function of a script sends the process a signal."""
-    function, calls = getattr(module, name), []
-    def call(*args):
-        calls.append(1)
-        if len(calls) == n:
-            signal.raise_signal(number)
-        return function(*args)
-    monkeypatch.setattr(module, name, call)
-
-
-@pytest.mark.parametrize("number, name, n, saved", [
-    (signal.SIGTERM, "accumulate_gradients", 7, 7), (signal.SIGINT, "accumulate_gradients", 13, 13),
-    (signal.SIGUSR1, "bits_per_byte", 4, 10)])              # in the switch, RoPE is off already
-def test_a_signal_saves_and_the_same_command_resumes(
-        drope_run, tiny_base, tmp_path, monkeypatch, run_here, number, name, n, saved):
-    base, folder = share(tiny_base, tmp_path), tmp_path / "base_checkpoints" / "drope"
-    signal_in_call(monkeypatch, pretrain, name, n, number)
-    status, output = run_here(pretrain, (*DROPE, "--save-every", 999), base)
-    assert status == M.INTERRUPTED == 75 and M.checkpoint_steps(folder) == [saved]
-    assert output.endswith(f"stopped at step {saved}: {number.name}. The same command resumes from "
-                           f"step {saved}\n")
-    assert ("RoPE is dropped" in output) == (saved > 10)    # a validation is not waited for
-    status, output = run_here(pretrain, (*DROPE, "--save-every", 999), base)
-    assert status == 0 and f"resuming from step {saved}" in output
-    assert_same_run(drope_run, folder)
+def test_two_jobs_fetch_each_shard_once_and_undamaged_past_every_fault(hub, tmp_path):
+    hub.faults = {"shard_00000.parquet": ["cut"], "shard_00001.parquet": ["short"],
+                  "shard_06542.parquet": ["corrupt"]}
+    jobs = [start("pretrain.py", "--fetch", 9, base=tmp_path, env=hub.env) for _ in range(2)]
+    outputs = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert all(out.endswith("--fetch 9: there are only 3 training shards\n") for out in outputs)
+    data = tmp_path / "data" / "climbmix"
+    got = {path.name: path.read_bytes() for path in data.glob("*.parquet")}
+    assert got == hub.files and not any(hub.faults.values())
+    assert json.loads((data / "index.json").read_text())["revision"] == hub.revision
+    assert sorted(hub.bodies) == sorted([*got, *hub.faults])
 
 
-def kill_at_random(args, base, folder, kills):
-    """Runs a script again and again, and kills it some steps later, every third time in the middle
-    of a save. One that came to its end before begins anew."""
-    rng = random.Random(1)
-    for n in range(kills):
-        with start(*args, base=base) as process:
-            steps = rng.randint(1, 8)
-            for line in process.stdout:
-                steps -= line.startswith("step 0")
-                if steps == 0:
-                    break
-            until = time.time() + (5 if n % 3 == 0 else rng.uniform(0, 0.1))
-            while time.time() < until and process.poll() is None:
-                if n % 3 == 0 and list(folder.glob(".*.tmp")):      # a file half written
-                    break
-            process.kill()
-        newest = M.newest_checkpoint(folder)
-        if newest and M.read_meta(folder, newest)["finished"]:
-            shutil.rmtree(folder)
-    result = script(*args, base=base)
-    assert result.returncode == 0, result.stderr
-
-
-KILLS = [3, pytest.param(int(os.environ.get("KILLS", 100)), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("kills", KILLS)
-def test_a_run_killed_at_random_ends_in_the_same_tensors(drope_run, tiny_base, tmp_path, kills):
-    args = ("pretrain.py", *DROPE, "--save-every", 2)
+def test_a_hub_that_goes_away_costs_no_step(hub, drope_run, tiny_base, tmp_path):
+    """It has one shard and then fails: the run trains on what is there, saves, says why, and later
+    ends in the same tensors. It asks for the next two shards, and no more."""
+    (tmp_path / "tokenizer").symlink_to(tiny_base / "tokenizer")
+    texts = some_texts(700, 0)                              # tiny_base's first shard, in two
+    for i, some in enumerate((texts[:384], texts[384:], ["a"], ["b"], ["c"])):
+        path = write_shard(tmp_path / f"shard_{i:05d}.parquet", some, 128)
+        hub.files[path.name] = path.read_bytes()
+    hub.faults = {"shard_00001.parquet": [503] * 99}
+    args = ("pretrain.py", *DROPE, "--dataset", "x/y", "--patience", 3, "--save-every", 1000)
     folder = tmp_path / "base_checkpoints" / "drope"
-    kill_at_random(args, share(tiny_base, tmp_path), folder, kills)
-    assert_same_run(drope_run, folder)
+    said = script(*args, base=tmp_path, env=hub.env, status=1)
+    [step] = M.checkpoint_steps(folder)
+    last = said.splitlines()[-1]
+    assert 0 < step < 20 and "Traceback" not in said
+    assert last.startswith(f"stopped at step {step}: shard_00001.parquet of x/y")
+    assert last.endswith(f". The same command resumes from step {step}")
+    hub.faults = {}
+    assert f"resuming from step {step}" in script(*args, base=tmp_path, env=hub.env)
+    assert not any("shard_00004" in path for path in hub.log)
+    assert_same_run(drope_run, folder, parts=("model", "optim"))
 
 
-@pytest.mark.parametrize("name", ["pretrain.py", "sft.py"])
-def test_ctrl_c_right_after_torch_was_imported_is_one_line(tmp_path, name):
-    process = subprocess.Popen([sys.executable, "-X", "importtime", str(HERE / name), "--tag", "x"],
-                               stderr=subprocess.PIPE, text=True, env=user_env(tmp_path))
-    for line in process.stderr:
-        if re.fullmatch(r"import time:.*\| +torch\n", line):
-            break
-    process.send_signal(signal.SIGINT)
-    said = [line for line in process.stderr if not line.startswith("import time:")]
-    assert process.wait() == 1 and said == ["interrupted\n"]
+def test_a_stop_is_heeded_while_data_are_awaited(capsys):
+    run = M.Run.__new__(M.Run)
+    def get(timeout):
+        assert run.signal is None                           # asked once, not for ever
+        run.take_signal(signal.SIGTERM, None)
+        raise queue.Empty
+    run.env, run.signal, run.batches = CPU, None, types.SimpleNamespace(get=get)
+    run.noted, run.saved, run.save = dict(step=3), 3, lambda: None
+    with pytest.raises(SystemExit, match="75"):
+        run.next_batch()
+    assert "stopped at step 3: SIGTERM" in capsys.readouterr().err
+
+
+class Refusal(Exception):
+    def __init__(self, status, **headers):
+        self.response = types.SimpleNamespace(status_code=status, headers=headers)
+
+
+@pytest.mark.parametrize("errors, slept, words", [
+    ([OSError("cut"), ValueError(), TimeoutError()], [1, 2, 4], "here it is"),
+    ([Refusal(503, **{"Retry-After": "7"}), Refusal(429)], [7, 2], "here it is"),
+    ([OSError("cut\nand more")] * 99, [1, 2, 4, 8, 16, 32], "cut. It did not come within 99 s"),
+    ([Refusal(404)], [], "(404)"), ([OSError("x"), Refusal(401)], [1], "HF_TOKEN"),
+    ([OSError(errno.ENOSPC, "No space left", "x")], [], "cannot write x: No space left")])
+def test_retry(monkeypatch, errors, slept, words):
+    """Sleeping takes no time here. The file is there in the end, or one line says why not."""
+    pauses, waiting = [], iter(errors)
+    clock = types.SimpleNamespace(time=lambda: sum(pauses), sleep=pauses.append)
+    monkeypatch.setattr(M, "time", clock)
+    def attempt():
+        for error in waiting:
+            raise error
+        return "here it is"
+    with pytest.raises(SystemExit) as caught:
+        M.guard(lambda: M.retry("a file", 99, attempt))
+    assert words in caught.value.code and "\n" not in caught.value.code and pauses == slept
+
+
+# ---- What else stops a run -----------------------------------------------------------------------
+
+@pytest.fixture
+def half_way(drope_run, tiny_base, tmp_path):
+    """The folder of that run, copied into the base folder `tmp_path`; its last checkpoint, of step
+    20, is damaged."""
+    folder = share(tiny_base, tmp_path) / "base_checkpoints" / "drope"
+    shutil.copytree(drope_run, folder)
+    damage(folder / "optim_000020_rank0.pt")
+    return folder
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+        half_way, drope_run, tmp_path, run_here):
+    status, output = run_here(pretrain, DROPE, tmp_path)
+    assert status == 0 and "resuming from step 15" in output
+    assert f"passing over step 20 in {half_way}: optim_000020_rank0.pt is damaged" in output
+    assert_same_run(drope_run, half_way)
 
 
 def test_a_save_cut_short_at_any_file_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -1567,155 +1317,6 @@ def test_a_save_cut_short_at_any_file_leaves_the_checkpoint_before(tmp_path, mon
         assert M.newest_checkpoint(tmp_path) == 1 == max(M.checkpoint_steps(tmp_path))
 
 
-@pytest.fixture
-def half_way(drope_run, tiny_base, tmp_path):
-    """The folder of that run, copied into a base folder of its own, as it was after step 15."""
-    folder = share(tiny_base, tmp_path / "base") / "base_checkpoints" / "drope"
-    shutil.copytree(drope_run, folder)
-    for path in M.checkpoint_files(folder, 20).values():
-        path.rename(path.with_suffix(".later"))
-    return folder
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-        half_way, drope_run, tmp_path, run_here):
-    for path in M.checkpoint_files(half_way, 20).values():
-        path.with_suffix(".later").rename(path)
-    damage(half_way / "optim_000020_rank0.pt")
-    status, output = run_here(pretrain, DROPE, tmp_path / "base")
-    assert status == 0 and "resuming from step 15" in output
-    assert f"passing over step 20 in {half_way}: optim_000020_rank0.pt is damaged" in output
-    assert_same_run(drope_run, half_way)
-
-
-# ---- Any number of processes ---------------------------------------------------------------------
-
-def assert_near(a, b):
-    for key in ("loss", "val_bpb"):
-        assert losses(a, key) == pytest.approx(losses(b, key), rel=1e-4)
-
-
-def test_a_run_moves_from_one_process_to_four_and_back(drope_run, trunk_base, run_here):
-    """Four processes branch off the run of one; one goes on from their step 15, two rows at a time.
-    The optimizer state is one file that any number of processes can load."""
-    folder = trunk_base / "base_checkpoints" / "moved"
-    result = torchrun(4, HERE / "pretrain.py", *DROPE, "--tag", "moved", base=trunk_base)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "resuming from step 10" in result.stdout and final(folder)[3]["processes"] == 4
-    assert_near(folder, drope_run)
-    for path in M.checkpoint_files(folder, 20).values():
-        path.unlink()
-    args = (*DROPE, "--tag", "moved", "--device-batch-size", 2)
-    assert "resuming from step 15" in run_here(pretrain, args, trunk_base)[1]
-    assert_near(folder, drope_run)
-
-
-# ---- Shards come from the hub while it trains ----------------------------------------------------
-
-def test_shards_arrive_undamaged_past_every_fault_and_once(hub, tmp_path, run_here):
-    hub.faults = {"shard_00000.parquet": ["cut"], "shard_00001.parquet": ["short"],
-                  "shard_06542.parquet": ["corrupt"]}
-    result = script("pretrain.py", "--fetch", 9, base=tmp_path, env=hub.env)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("--fetch 9: there are only 3 training shards\n")
-    data = tmp_path / "data" / "climbmix"
-    got = {path.name: path.read_bytes() for path in data.glob("*.parquet")}
-    assert got == hub.files and not any(hub.faults.values())
-    assert json.loads((data / "index.json").read_text())["revision"] == hub.revision
-    assert run_here(pretrain, ["--fetch", 2], tmp_path)[1].count(": there\n") == 3
-
-
-def test_two_jobs_that_want_the_same_shard_fetch_it_once(hub, tmp_path):
-    jobs = [start("pretrain.py", "--fetch", 1, base=tmp_path, env=hub.env) for _ in range(2)]
-    outputs = [job.communicate()[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
-    assert sorted(hub.bodies) == ["shard_00000.parquet", pretrain.VALIDATION]
-
-
-def test_a_hub_that_goes_away_costs_no_step(hub, drope_run, tiny_base, tmp_path):
-    """It has one shard and then fails: the run trains on what is there, saves, says why, and later
-    ends in the same tensors. It asks for the next two shards, and no more."""
-    (tmp_path / "tokenizer").symlink_to(tiny_base / "tokenizer")
-    texts = some_texts(700, 0)                              # tiny_base's first shard, in two
-    for i, some in enumerate((texts[:384], texts[384:], ["a"], ["b"], ["c"])):
-        path = write_shard(tmp_path / f"shard_{i:05d}.parquet", some, 128)
-        hub.files[path.name] = path.read_bytes()
-    hub.faults = {"shard_00001.parquet": [503] * 99}
-    args = (*DROPE, "--dataset", "x/y", "--patience", 3, "--save-every", 1000)
-    folder = tmp_path / "base_checkpoints" / "drope"
-    result = script("pretrain.py", *args, base=tmp_path, env=hub.env)
-    [step] = M.checkpoint_steps(folder)
-    last = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and 0 < step < 20 and "Traceback" not in result.stderr
-    assert last.startswith(f"stopped at step {step}: shard_00001.parquet of x/y")
-    assert last.endswith(f". The same command resumes from step {step}")
-    hub.faults = {}
-    result = script("pretrain.py", *args, base=tmp_path, env=hub.env)
-    assert result.returncode == 0 and f"resuming from step {step}" in result.stdout, result.stderr
-    assert not any("shard_00004" in path for path in hub.log)
-    assert_same_run(drope_run, folder, parts=("model", "optim"))
-
-
-def test_a_stop_is_heeded_while_data_are_awaited(capsys):
-    run = M.Run.__new__(M.Run)
-    def get(timeout):
-        assert run.signal is None                           # asked once, not for ever
-        run.take_signal(signal.SIGTERM, None)
-        raise queue.Empty
-    run.env, run.signal, run.batches = CPU, None, types.SimpleNamespace(get=get)
-    run.noted, run.saved, run.save = dict(step=3), 3, no_stop
-    with pytest.raises(SystemExit, match="75"):
-        run.next_batch()
-    assert "stopped at step 3: SIGTERM" in capsys.readouterr().err
-
-
-class Refusal(Exception):
-    def __init__(self, status, **headers):
-        self.response = types.SimpleNamespace(status_code=status, headers=headers)
-
-
-@pytest.mark.parametrize("errors, slept, words", [
-    ([OSError("cut"), ValueError(), TimeoutError()], [1, 2, 4], "here it is"),
-    ([Refusal(503, **{"Retry-After": "7"}), Refusal(429)], [7, 2], "here it is"),
-    ([OSError("cut\nand more")] * 99, [1, 2, 4, 8, 16, 32], "cut. It did not come within 99 s"),
-    ([Refusal(429, **{"Retry-After": "500"})], [], "It did not come within 99 s"),
-    ([Refusal(404)], [], "(404)"), ([OSError("x"), Refusal(401)], [1], "HF_TOKEN"),
-    ([OSError(errno.ENOSPC, "No space left", "x")], [], "cannot write x: No space left")])
-def test_retry(monkeypatch, capsys, errors, slept, words):
-    """Sleeping takes no time here. The file is there in the end, or one line says why not."""
-    pauses, waiting = [], iter(errors)
-    clock = types.SimpleNamespace(time=lambda: sum(pauses), sleep=pauses.append)
-    monkeypatch.setattr(M, "time", clock)
-    def attempt():
-        for error in waiting:
-            raise error
-        return "here it is"
-    with pytest.raises(SystemExit) as caught:
-        M.guard(lambda: M.retry("a file", 99, attempt))
-    assert words in caught.value.code and "\n" not in caught.value.code
-    assert pauses == slept and len(capsys.readouterr().err.splitlines()) == len(slept)
-
-
-# ---- Bad input is one clear line, and nothing is lost --------------------------------------------
-
-@pytest.mark.parametrize("args, words", [
-    ("--drope 150", ["--drope 150", "0 to 99"]), ("--depth 0", ["--depth 0", "1 to 99"]),
-    ("--tpp nan", ["--tpp", "--help"]), ("--fetch 0", ["--fetch 0", "above 0"]),
-    ("--dept 3", ["unrecognized", "--dept"]), ("--tag ../x", ["--tag", "folder's name"]),
-    ("--tag d9_9tpp --depth 18", ["--tag d9_9tpp", "--depth 18"]),
-    ("--tag d9_9tpp_drope_50 --drope 25", ["--tag d9_9tpp_drope_50", "--drope 25"]),
-    ("--tag d18_9.0tpp", ["written d18_9tpp"]), ("--tag d18_9tpp_long", ["written d18_9tpp"]),
-    ("--tag d100_9tpp", ["1 to 99"]), ("--tag d18", ["a tag is like d18_9tpp"]),
-    ("--keep abc", ["--keep abc"]), ("--keep 150", ["--keep 150", "below 100"]),
-    ("--total-batch-size 5000", ["5000", "max_seq_len", "take 4096"]),
-    ("--tpp 0.001", ["--tpp 0.001", "0 steps"]), ("--tpp 50000", ["--tpp 50000", "9999"]),
-    ("--data-dir /nowhere", ["/nowhere", "shard_06542.parquet"]),
-    ("--tokenizer-dir /nowhere", ["/nowhere", "tok.py"])])
-def test_pretrain_refuses(tiny_base, tmp_path, refused, args, words):
-    base = share(tiny_base, tmp_path)
-    refused(pretrain, ["--dataset", "local", *args.split()], words, base)
-
-
 def test_another_recipe_is_refused_and_the_field_named(half_way, tmp_path, refused):
     """A checkpoint of the public repo says nothing of a recipe, and has no loader file."""
     write_tokenizer(tmp_path / "tok", [b"xy", b"he", b" z", b"in"])
@@ -1723,19 +1324,18 @@ def test_another_recipe_is_refused_and_the_field_named(half_way, tmp_path, refus
                                 ("--matrix-lr", 16, "matrix_lr = 0.2, not 16"),
                                 ("--tokenizer-dir", tmp_path / "tok", "tokenizer =")):
         words = [str(half_way), "--tag", says]
-        refused(pretrain, [*DROPE, option, value], words, tmp_path / "base")
+        refused(pretrain, [*DROPE, option, value], words, tmp_path)
     M.checkpoint_files(half_way, 15)["loader"].unlink()
     change_meta(half_way, 15, lambda meta: [meta.pop("recipe"), meta.pop("sha256")])
-    refused(pretrain, DROPE, [str(half_way), "other code", "sft.py can use"], tmp_path / "base")
+    refused(pretrain, DROPE, [str(half_way), "other code", "sft.py can use"], tmp_path)
 
 
-@pytest.mark.parametrize("content, dataset, mend", [
-    (b"", "local", "put a whole one there"), (b"PAR1 is not all", "local", "put a whole one there"),
-    (b"PAR1 is not all", "x/y", "delete it, and it is fetched anew")])
-def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, content, dataset, mend):
+@pytest.mark.parametrize("dataset, mend", [
+    ("local", "put a whole one there"), ("x/y", "delete it, and it is fetched anew")])
+def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, dataset, mend):
     local_shards(tmp_path, ["a"])
     bad = tmp_path / "shard_00000.parquet"
-    bad.write_bytes(content)
+    bad.write_bytes(b"PAR1 is not all")
     index = dict(dataset="x/y", revision="1", sha256={bad.name: "2", pretrain.VALIDATION: "3"})
     (tmp_path / "index.json").write_text(json.dumps(index))
     args = [*TINY, "--data-dir", tmp_path, "--tokenizer-dir", tiny_base / "tokenizer", "--dataset"]
@@ -1744,12 +1344,11 @@ def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, content, dataset
 
 
 def test_one_run_at_a_time_in_a_folder(half_way, tmp_path, refused):
-    lock, half = M.lock_file(half_way / ".lock", wait=False), half_way / ".model_000016.pt.99.tmp"
+    half = half_way / ".model_000016.pt.99.tmp"
     half.touch()
-    refused(pretrain, DROPE, [str(half_way), "in use by another run"], tmp_path / "base")
+    with M.lock_file(half_way / ".lock", wait=False):
+        refused(pretrain, DROPE, [str(half_way), "in use by another run"], tmp_path)
     assert half.exists()                                    # the other run is writing it
-    lock.close()
-    M.lock_file(half_way / ".lock", wait=False).close()
 
 
 @pytest.mark.parametrize("name, row, says", [
@@ -1762,17 +1361,16 @@ def test_what_is_not_finite_stops_the_run(half_way, tmp_path, refused, name, row
     weights[name][row, 0] = math.nan
     torch.save(weights, file)
     change_meta(half_way, 15, lambda meta: meta["sha256"].update({file.name: M.file_hash(file)}))
-    refused(pretrain, DROPE, [says, "step 15", "lower learning rates"], tmp_path / "base")
-    assert M.checkpoint_steps(half_way) == [15]
+    refused(pretrain, DROPE, [says, "step 15", "lower learning rates"], tmp_path)
+    assert M.newest_checkpoint(half_way) == 15
 
 
 # ==== sft.py: from a base model to one that answers ===============================================
 
-# ---- A conversation: its ids, and which of them are learnt ---------------------------------------
-
 # The ids of the tokenizer without merges, where a byte is its own id
 (BOS, USER, USER_END, ASSISTANT, ASSISTANT_END,
  PYTHON, PYTHON_END, OUTPUT, OUTPUT_END) = range(256, 265)
+WORDS = "apple banana cherry strawberry kiwi plum fig melon".split()
 
 
 def chat(*texts):
@@ -1803,10 +1401,7 @@ def test_what_is_no_conversation_is_named(tmp_path, messages, why):
         sft.render(write_tokenizer(tmp_path), messages)
 
 
-# ---- The sources ---------------------------------------------------------------------------------
-
-WORDS = "apple banana cherry strawberry kiwi plum fig melon".split()
-
+# ---- The sources, and their mixture --------------------------------------------------------------
 
 @pytest.fixture
 def sft_home(tmp_path, monkeypatch):
@@ -1888,11 +1483,9 @@ def test_spelling_bee_counts_right_and_asks_for_a_letter_of_the_word_in_90_perce
         word, c = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", call).groups()
         assert word in user["content"].lower() and c in user["content"].lower()
         assert output == str(word.count(c)) and end.endswith(f"\n\n#### {word.count(c)}")
-        lines = by_hand.splitlines()
-        assert f"{word}:{','.join(word)}" in lines
         for k, letter in enumerate(word, 1):
             hit = f" hit! count={word[:k].count(c)}" if letter == c else ""
-            assert f"{k}:{letter}{hit}" in lines
+            assert f"{k}:{letter}{hit}" in by_hand.splitlines()
         inside += c in word
         questions.add(user["content"].replace(word, "W"))
     assert abs(inside / 3000 - 0.9) < 0.02 and len(questions) > 1000
@@ -1902,23 +1495,17 @@ def test_spelling_bee_counts_right_and_asks_for_a_letter_of_the_word_in_90_perce
 def test_a_file_of_the_web_is_fetched_until_it_is_whole(hub, sft_home, monkeypatch):
     good = b"".join(json.dumps(chat("q" * 50, "a")).encode() + b"\n" for _ in range(20))
     hub.files["x.jsonl"], hub.faults = good, {"x.jsonl": [429, 503, "short", "cut"]}
-    pauses = []
-    monkeypatch.setattr(M.time, "sleep", pauses.append)
-    url = hub.env["HF_ENDPOINT"]
-    config = sft_config(sft_home, identity=f"{url}/x.jsonl", patience=600)
-    for _ in range(2):                                      # the second time it is there
-        assert sft.identity(config, "train")[0] == 20 and pauses == [1, 2, 4, 8]
+    monkeypatch.setattr(M.time, "sleep", lambda seconds: None)
+    config = sft_config(sft_home, identity=f"{hub.url}/x.jsonl", patience=600)
+    assert sft.identity(config, "train")[0] == 20 and not hub.faults["x.jsonl"]
     assert (sft_home / "data/sft/x.jsonl").read_bytes() == good
     with pytest.raises(M.FetchError, match="404"):          # no use in asking again
-        M.fetch_url(f"{url}/missing", sft_home / "missing", 600)
+        M.fetch_url(f"{hub.url}/missing", sft_home / "missing", 600)
 
-
-# ---- The mixture: all rows of all sources, shuffled ----------------------------------------------
 
 def test_the_order_is_that_of_random_shuffle_with_seed_42_over_pairs_of_source_and_row(tmp_path):
-    sources = [("a", 5, 1, lambda i: chat(f"a{i}", "")), ("none", 0, 2, None),
-               ("b", 3, 4, lambda i: chat(f"b{i}", ""))]
-    mixture = sft.Mixture(sources)
+    mixture = sft.Mixture([("a", 5, 1, lambda i: chat(f"a{i}", "")), ("none", 0, 2, None),
+                           ("b", 3, 4, lambda i: chat(f"b{i}", ""))])
     pairs = [f"a{i}" for i in range(5)] + [f"b{i}" for i in range(3)] * 4
     random.Random(42).shuffle(pairs)
     enc = write_tokenizer(tmp_path)
@@ -1926,37 +1513,31 @@ def test_the_order_is_that_of_random_shuffle_with_seed_42_over_pairs_of_source_a
     assert [bytes(one[2:4]).decode() for one in ids] == pairs
 
 
-def test_sources_of_other_sizes_give_a_notice_and_never_shrink_in_silence(
-        sft_home, monkeypatch, capsys):
-    total = sum(sft.SOURCES[name][1] * sft.SOURCES[name][2] for name in
-                ("smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee"))
-    assert total == 460_341 + 2_000 + 299_526 + 29_892 + 200_000 + 80_000 == 1_071_759
-    def ten(config, split):
-        return 10, lambda i: chat("a", str(i))
-    sizes = {"mmlu": (11, 8), "gsm8k": (10, 12)}            # to learn, to validate
-    for name, (_, _, epochs, _) in sft.SOURCES.items():
-        source = (ten, sizes.get(name, (10, 0))[0], epochs, sizes.get(name, (10, 0))[1])
-        monkeypatch.setitem(sft.SOURCES, name, source)
-    for options, split, expected, notice in (
-            ({}, "train", 10 * (1 + 2 + 3 + 4 + 1 + 1),
-             "mmlu: 10 rows where the published mixture has 11\n"),
-            (dict(skip="mmlu,identity"), "train", 10 * (1 + 4 + 1 + 1), ""),
-            (dict(skip="mmlu", tag="d2_1tpp_long"), "train", 10 * (1 + 2 + 4 + 1 + 1 + 1), ""),
-            ({}, "val", 8 + 10, "gsm8k: 10 rows where the published validation has 12\n")):
-        assert len(sft.open_mixture(sft_config(sft_home, **options), split)) == expected
-        assert capsys.readouterr().err == notice
+def test_the_mixture_never_shrinks_in_silence(sft_home, monkeypatch, capsys):
+    """A source of another size gives a notice; one that cannot be had, a line saying what is
+    lost."""
+    published = ("smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee")
+    sizes = [sft.SOURCES[name][1] * sft.SOURCES[name][2] for name in published]
+    assert sizes == [460_341, 2_000, 299_526, 29_892, 200_000, 80_000] and sum(sizes) == 1_071_759
 
-
-def test_each_source_that_cannot_be_had_is_a_line_that_says_what_is_lost(sft_home, monkeypatch):
     def gone(repo, filename, dest, **options):
         raise M.FetchError(f"{repo} is gone")
-    monkeypatch.setattr(sft, "fetch", gone)
-    with pytest.raises(SystemExit) as caught:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sft, "fetch", gone)
         sft.open_mixture(sft_config(sft_home, identity="nowhere.jsonl"), "train")
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["smoltalk", "identity", "mmlu", "gsm8k"]
     assert lines[2] == ("mmlu: cais/mmlu is gone. It would have added 299,526 conversations; to go "
                         "on without it: --skip mmlu")
+    for name, (_, _, epochs, _) in sft.SOURCES.items():
+        ten = lambda config, split: (10, lambda i: chat("a", str(i)))
+        monkeypatch.setitem(sft.SOURCES, name, (ten, 11 if name == "mmlu" else 10, epochs, 0))
+    for options, expected, notice in (
+            ({}, 10 * (1 + 2 + 3 + 4 + 1 + 1),
+             "mmlu: 10 rows where the published mixture has 11\n"),
+            (dict(skip="mmlu", tag="d2_1tpp_long"), 10 * (1 + 2 + 4 + 1 + 1 + 1), "")):
+        assert len(sft.open_mixture(sft_config(sft_home, **options), "train")) == expected
+        assert capsys.readouterr().err == notice
 
 
 # ---- Rows: whole conversations, packed by best fit -----------------------------------------------
@@ -1982,8 +1563,8 @@ def test_inputs_and_targets(tmp_path):
 def test_rows_equal_naive_best_fit_and_have_every_conversation_once(tmp_path):
     enc, mixture, row_len = write_tokenizer(tmp_path), varied_mixture(), 61
     conversations = [mixture.rendered(i, enc) for i in range(len(mixture))]
-    lengths = [len(ids) for ids, _ in conversations]
-    expected = naive_best_fit([min(n, row_len) for n in lengths], row_len, 100, 1, cut=False)
+    lengths = [min(len(ids), row_len) for ids, _ in conversations]
+    expected = naive_best_fit(lengths, row_len, 100, 1, cut=False)
     assert sorted(n for row in expected for n, _ in row) == list(range(400))
     packer = sft.Packer(mixture, enc, row_len)
     for row in expected:
@@ -1991,7 +1572,6 @@ def test_rows_equal_naive_best_fit_and_have_every_conversation_once(tmp_path):
         assert ids == [token for n, size in row for token in conversations[n][0][:size]]
         assert mask == [learnt for n, size in row for learnt in conversations[n][1][:size]]
     assert packer.next_row() == ([], []) and packer.rows == len(expected)
-    assert packer.state()["used"] == 400 and packer.cut == sum(n > row_len for n in lengths) > 0
 
 
 def test_packing_goes_on_from_any_state_that_went_through_json(tmp_path):
@@ -2009,12 +1589,6 @@ def test_packing_goes_on_from_any_state_that_went_through_json(tmp_path):
 
 # ---- A run ---------------------------------------------------------------------------------------
 
-def test_schedules_of_fine_tuning():
-    assert [sft.lr_factor(done) for done in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
-    momenta = [sft.muon_momentum(step) for step in (0, 150, 300, 5000)]
-    assert momenta == pytest.approx([0.85, 0.9, 0.95, 0.95])
-
-
 @pytest.fixture(scope="session")
 def sft_args(tmp_path_factory):
     """For 98 conversations, 64 of one's own; 8 more are there to validate."""
@@ -2026,68 +1600,44 @@ def sft_args(tmp_path_factory):
     (folder / "words.txt").write_text("\n".join(WORDS))
     (folder / "mine.jsonl").write_text("".join(lines[:64]))
     (folder / "mine_val.jsonl").write_text("".join(lines[64:]))
-    return ("--tag", "drope", "--conversations", folder / "mine.jsonl", "--words", folder /
+    return ("--tag", "drope_long", "--conversations", folder / "mine.jsonl", "--words", folder /
             "words.txt", "--spelling-rows", 30, "--bee-rows", 4, "--max-seq-len", 128,
             "--total-batch-size", 512, "--eval-every", 4, "--eval-tokens", 512, "--save-every", 2)
 
 
-def base_with(drope_run, tiny_base, folder):
-    """A base folder with the pretrained model that has no RoPE any more."""
-    shutil.copytree(drope_run, share(tiny_base, folder) / "base_checkpoints" / "drope")
-    return folder
+@pytest.fixture(scope="session")
+def sft_run(drope_run, tiny_base, sft_args, tmp_path_factory):
+    """The folder of an undisturbed run. drope_long goes on from the base model drope."""
+    base = share(tiny_base, tmp_path_factory.mktemp("sft_run"))
+    shutil.copytree(drope_run, base / "base_checkpoints" / "drope")
+    script("sft.py", *sft_args, base=base)
+    return base / "chatsft_checkpoints" / "drope_long"
 
 
 @pytest.fixture
 def sft_base(drope_run, tiny_base, tmp_path):
-    return base_with(drope_run, tiny_base, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def sft_run(drope_run, tiny_base, sft_args, tmp_path_factory):
-    """The folder of an undisturbed run."""
-    base = base_with(drope_run, tiny_base, tmp_path_factory.mktemp("sft_run"))
-    result = script("sft.py", *sft_args, base=base)
-    assert result.returncode == 0, result.stderr
-    return base / "chatsft_checkpoints" / "drope"
+    """A base folder with the pretrained model that has no RoPE any more."""
+    shutil.copytree(drope_run, share(tiny_base, tmp_path) / "base_checkpoints" / "drope")
+    return tmp_path
 
 
 def test_a_run_uses_every_conversation_once_and_goes_on_from_the_base(sft_run):
-    steps, _, optim, meta = final(sft_run)
+    steps, meta = final(sft_run)
     assert steps >= 8 and meta["finished"] and meta["user_config"]["matrix_lr"] == 0.2
     assert not any(losses(sft_run, "use_rope")) and meta["loop_state"]["use_rope"] is False
     assert losses(sft_run, "conversations")[-1] == 64 + 30 + 4
     assert losses(sft_run, "val_bpb")[-1] < losses(sft_run, "val_bpb")[0]
+    optim = M.load_part(sft_run, steps, "optim")
     assert {state["step"] for state in optim["state"].values() if "step" in state} == {20 + steps}
     matrices = optim["param_groups"][2:]
     assert {group["weight_decay"] for group in matrices} == {0}
     assert {group["initial_lr"] for group in matrices} == {0.8 * 0.2}
+    assert [sft.lr_factor(done) for done in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
+    momenta = [sft.muon_momentum(step) for step in (0, 150, 300, 5000)]
+    assert momenta == pytest.approx([0.85, 0.9, 0.95, 0.95])
     questions = [json.loads(line) for line in (sft_run / "questions.jsonl").open()]
     _, held_out = sft.spelling_bee(sft.Config(words=meta["user_config"]["words"]), "val")
     assert questions == [{"source": "spellingbee", "messages": held_out(i)} for i in range(4)]
-
-
-def test_a_stopped_fine_tuning_ends_the_same(sft_run, sft_base, sft_args, monkeypatch, run_here):
-    signal_in_call(monkeypatch, sft, "accumulate_gradients", 5, signal.SIGTERM)
-    status, output = run_here(sft, sft_args, sft_base)
-    assert status == M.INTERRUPTED and "stopped at step 5: SIGTERM" in output
-    status, output = run_here(sft, sft_args, sft_base)
-    assert status == 0 and "resuming from step 5" in output
-    assert_same_run(sft_run, sft_base / "chatsft_checkpoints" / "drope")
-    assert "is finished (step" in run_here(sft, sft_args, sft_base)[1]
-
-
-@pytest.mark.parametrize("kills", KILLS)
-def test_a_fine_tuning_killed_at_random_ends_the_same(sft_run, sft_base, sft_args, kills):
-    folder = sft_base / "chatsft_checkpoints" / "drope"
-    kill_at_random(("sft.py", *sft_args), sft_base, folder, kills)
-    assert_same_run(sft_run, folder)
-
-
-def test_two_processes_fine_tune_as_one(sft_run, sft_base, sft_args):
-    """drope_long: the base of drope."""
-    result = torchrun(2, HERE / "sft.py", *sft_args, "--tag", "drope_long", base=sft_base)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert_near(sft_base / "chatsft_checkpoints" / "drope_long", sft_run)
 
 
 def test_a_checkpoint_of_the_public_repo_is_fine_tuned(sft_base, sft_args, run_here):
@@ -2099,39 +1649,15 @@ def test_a_checkpoint_of_the_public_repo_is_fine_tuned(sft_base, sft_args, run_h
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"].bfloat16()
     torch.save(weights, folder / "model_000020.pt")
     assert run_here(sft, sft_args, sft_base)[0] == 0
-    assert final(sft_base / "chatsft_checkpoints/drope")[3]["loop_state"]["use_rope"] is False
+    _, meta = final(sft_base / "chatsft_checkpoints/drope_long")
+    assert meta["loop_state"]["use_rope"] is False
 
 
-def test_dry_run_shows_every_source_with_what_is_learnt_in_green(
-        sft_home, sft_args, monkeypatch, run_here):
+def test_dry_run_shows_every_source_with_what_is_learnt_in_green(sft_home, sft_args, run_here):
     status, out = run_here(sft, (*sft_args, "--dry-run"), sft_home)
     assert status == 0 and "conversations        64 rows x 1 =        64" in out
-    assert out.count("\033[1mspellingbee, row") == 3
     assert ("\033[90m<|bos|><|user_start|>what is apple 0?<|user_end|><|assistant_start|>\033[0m"
             "\033[32mapple is a fruit. <|assistant_end|>\033[0m") in out
-    assert not (sft_home / "chatsft_checkpoints").exists()
-
-
-# ---- Bad input is one clear line -----------------------------------------------------------------
-
-@pytest.mark.parametrize("options, words", [
-    ("--tag", ["--tag", "--help"]), ("--tag mistyped", ["no base model", "run_all.sh mistyped"]),
-    ("--total-batch-size 1000", ["multiple of max_seq_len x processes = 128 x 1"]),
-    ("--max-seq-len 64k", ["--max-seq-len"]), ("--spelling-rows -5", ["--spelling-rows -5"]),
-    ("--eval-every 0", ["--eval-every 0"]), ("--init-lr-frac nan", ["--init-lr-frac nan"]),
-    ("--spelling 5", ["unrecognized"]), ("--check --skip mlu", ["--skip mlu: the sources are"]),
-    ("--dry-run --skip conversations,spelling,spellingbee", ["no conversation is left to train"]),
-    ("--check --identity BAD --conversations=", ["BAD: line 2: it ends before an answer"]),
-    ("--check --words BAD", ["BAD: a word list has words of the letters a-z"]),
-    ("--check --conversations EMPTY", ["EMPTY: no conversation in it"]),
-    ("--check --conversations FOLDER", ["no file", "--conversations X.jsonl takes X.jsonl"])])
-def test_sft_refuses(sft_home, sft_args, refused, options, words):
-    write = dict(BAD=json.dumps(chat("a", "b")) + "\n" + json.dumps(chat("a")), EMPTY=" \n")
-    for name, text in write.items():
-        (sft_home / name).write_text(text)
-        options = options.replace(name, str(sft_home / name))
-    refused(sft, (*sft_args, *options.replace("FOLDER", str(sft_home)).split()), words, sft_home)
-    assert not (sft_home / "chatsft_checkpoints").exists()
 
 
 def test_another_recipe_or_other_conversations_are_refused(sft_run, sft_args, tmp_path, refused):
@@ -2153,40 +1679,127 @@ def test_a_base_model_that_will_not_do_is_refused(sft_base, sft_args, refused, c
     refused(sft, sft_args, words, sft_base)
 
 
+# ==== pretrain.py and sft.py: an interrupted run ends in the same tensors =========================
+
+@pytest.fixture(params=["pretrain", "sft"])
+def stage(request, drope_run, sft_run, sft_args, sft_base):
+    """(module, words of the command, base folder, the run's folder there, an undisturbed run)"""
+    if request.param == "sft":
+        return sft, sft_args, sft_base, sft_base / "chatsft_checkpoints" / "drope_long", sft_run
+    folder = sft_base / "base_checkpoints" / "drope"
+    shutil.rmtree(folder)
+    return pretrain, DROPE, sft_base, folder, drope_run
+
+
+@pytest.mark.parametrize("stage, number, name, n, saved", [
+    ("pretrain", signal.SIGTERM, "accumulate_gradients", 7, 7),
+    ("pretrain", signal.SIGINT, "accumulate_gradients", 13, 13),
+    ("pretrain", signal.SIGUSR1, "bits_per_byte", 4, 10),   # in the switch, RoPE is off already
+    ("sft", signal.SIGTERM, "accumulate_gradients", 5, 5)], indirect=["stage"])
+def test_a_signal_saves_and_the_same_command_resumes(
+        stage, monkeypatch, run_here, number, name, n, saved):
+    """The signal comes in the n-th call of a function. A validation is not waited for."""
+    (module, args, base, folder, reference), calls = stage, []
+    function = getattr(module, name)
+
+    def call(*args):
+        calls.append(1)
+        if len(calls) == n:
+            signal.raise_signal(number)
+        return function(*args)
+    monkeypatch.setattr(module, name, call)
+    args = (*args, "--save-every", 999)
+    status, output = run_here(module, args, base)
+    assert status == M.INTERRUPTED == 75 and M.checkpoint_steps(folder) == [saved]
+    assert output.endswith(f"stopped at step {saved}: {number.name}. The same command resumes from "
+                           f"step {saved}\n")
+    status, output = run_here(module, args, base)
+    assert status == 0 and f"resuming from step {saved}" in output
+    assert_same_run(reference, folder)
+
+
+@pytest.mark.parametrize("kills", [
+    3, pytest.param(int(os.environ.get("KILLS", 100)), marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_ends_in_the_same_tensors(stage, kills):
+    """Some steps after its start, every third time in the middle of a save. One that came to its
+    end before begins anew."""
+    module, args, base, folder, reference = stage
+    command, rng = (f"{module.__name__}.py", *args, "--save-every", 2), random.Random(1)
+    for n in range(kills):
+        with start(*command, base=base) as process:
+            steps = rng.randint(1, 8)
+            for line in process.stdout:
+                steps -= line.startswith("step 0")
+                if steps == 0:
+                    break
+            until = time.time() + (5 if n % 3 == 0 else rng.uniform(0, 0.1))
+            while time.time() < until and process.poll() is None:
+                if n % 3 == 0 and list(folder.glob(".*.tmp")):      # a file half written
+                    break
+            process.kill()
+        newest = M.newest_checkpoint(folder)
+        if newest and M.read_meta(folder, newest)["finished"]:
+            shutil.rmtree(folder)
+    script(*command, base=base)
+    assert_same_run(reference, folder)
+
+
+def test_a_run_moves_from_four_processes_to_one(stage, run_here):
+    """Which takes two rows at a time. The optimizer state is one file for any number of them."""
+    module, args, base, folder, reference = stage
+    script(f"{module.__name__}.py", *args, base=base, processes=4)
+    step, meta = final(folder)
+    assert meta["processes"] == 4
+    assert_near(folder, reference)
+    for path in M.checkpoint_files(folder, step).values():
+        path.unlink()
+    _, output = run_here(module, (*args, "--device-batch-size", 2), base)
+    assert f"resuming from step {M.checkpoint_steps(folder)[-2]}" in output
+    assert_near(folder, reference)
+
+
 # ==== eval.py: base models beyond their training length, chat models through their export =========
 
 SMALL = ev.Sizes((0.5, 1, 2, 4), prompts=10, documents=8, questions=3, words=3, new_tokens=24)
 
 
-def write_texts(base):
-    """A tokenizer whose ids are bytes, and a validation shard with 10 documents above 1,024."""
-    write_shard(base / "data" / "climbmix" / "shard_06542.parquet", some_texts(40, longest=2500))
-    return write_tokenizer(base / "tokenizer")
+def asked(answer, text):
+    return [chat(text.format(word), answer) for word in ("a", "bb" * 20, "ccc")]
+
+
+LETTERS = asked("B", "Which {}?\n- x=A\n- y=B\n- z=C\n\nRespond only with the letter.")
+NUMBERS = asked([{"type": "text", "text": "so\n\n#### 1,234"}], "How many {}?")
+
+
+def write_checkpoint(folder, model, step=10):
+    """The folder of a run of 10 steps, which lost RoPE before step 5 if the model has none."""
+    optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}, "param_groups": []})
+    M.save_checkpoint(folder, step, model, optimizer, {}, dict(
+        step=step, steps=10, finished=step == 10, val_bpb=1.2345, revision="abc123", user_config={},
+        total_batch_size=1024, max_seq_len=model.config.sequence_len,
+        model_config=asdict(model.config), loop_state={"use_rope": model.use_rope}))
+    lines = [{"step": step, "val_bpb": 5 / (step + 1)} for step in (0, 5, 10)]
+    if not model.use_rope:
+        lines.insert(1, dict(step=5, switch=True, val_bpb_with_rope=0.9, val_bpb_without_rope=1.4))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [json.dumps({"source": source, "messages": messages}) + "\n"
+             for source, some in (("mmlu", LETTERS), ("spellingbee", NUMBERS)) for messages in some]
+    (folder / "questions.jsonl").write_text("".join(lines))
 
 
 def random_model(seed=0, use_rope=True, n_train=256):
+    """Of bytes: it goes with a tokenizer without merges."""
     return small_model(seed, vocab=265, use_rope=use_rope, T=n_train)
-
-
-def write_checkpoint(folder, model):
-    """The folder of a finished run of 10 steps, which lost RoPE at step 5 if the model has none."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    M.save_checkpoint(folder, 10, model, optimizer, {}, dict(
-        step=10, model_config=asdict(model.config), loop_state={"use_rope": model.use_rope}))
-    records = [{"step": step, "val_bpb": 5 / (step + 1)} for step in (0, 5, 10)]
-    switch = dict(step=5, switch=True, val_bpb_with_rope=0.9, val_bpb_without_rope=1.4)
-    records[1:1] = [] if model.use_rope else [switch]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
 
 
 @pytest.fixture(scope="session")
 def eval_texts(tmp_path_factory):
+    """Of a validation shard with 10 documents above 1,024 bytes."""
     base = tmp_path_factory.mktemp("texts")
-    enc = write_texts(base)
-    return ev.Texts(base / "data" / "climbmix" / "shard_06542.parquet", enc, SMALL)
+    enc = write_tokenizer(base / "tokenizer")
+    shard = base / "data" / "climbmix" / "shard_06542.parquet"
+    return ev.Texts(write_shard(shard, some_texts(40, longest=2500)), enc, SMALL)
 
-
-# ---- Statistics ----------------------------------------------------------------------------------
 
 def test_intervals_and_p_worked_by_hand():
     # 8 of 10: centre (8 + 1.9208) / 13.8416, half width 1.96 / 13.8416 x sqrt(1.6 + 0.9604)
@@ -2202,15 +1815,12 @@ def test_intervals_and_p_worked_by_hand():
     assert ev.bootstrap(np.array([3.0, 1.0]), np.array([1.0, 3.0]))[0] == 1     # a ratio of sums
 
 
-# ---- The arms, bits per byte, and how c is fitted ------------------------------------------------
-
 @pytest.mark.parametrize("remedy", ["ntk", "yarn"])
 def test_a_remedy_changes_only_contexts_beyond_the_training_length(remedy):
     model, ids = random_model(), torch.randint(0, 265, (1, 512))
-    half, once, long = model(ids[:, :128]), model(ids[:, :256]), model(ids)
+    once, long = model(ids[:, :256]), model(ids)
     ev.set_arm(model, remedy)
-    assert torch.equal(model(ids[:, :128]), half) and torch.equal(model(ids[:, :256]), once)
-    assert not torch.allclose(model(ids), long)
+    assert torch.equal(model(ids[:, :256]), once) and not torch.allclose(model(ids), long)
     ev.set_arm(model)
     assert torch.equal(model(ids), long)
     tables = [M.rotary_tables(512, 64, "cpu"), ev.remedied_tables(512, 64, "cpu", 256, remedy)]
@@ -2220,18 +1830,14 @@ def test_a_remedy_changes_only_contexts_beyond_the_training_length(remedy):
     assert (ratio.diff() > -1e-4).all()
 
 
-def test_texts_to_fit_on_are_never_tested_on(eval_texts):
-    assert len(eval_texts.fit) == 2 and len(eval_texts.documents) == 8
-    assert not any(document in eval_texts.documents for document in eval_texts.fit)
-    hay = eval_texts.enc.decode(eval_texts.hay)
-    for document in eval_texts.fit + eval_texts.documents:
-        assert len(document) > 1024 and eval_texts.enc.decode(document) not in hay
-
-
-def test_bits_per_byte_are_those_of_the_last_tokens(eval_texts):
+def test_bits_per_byte_are_those_of_the_last_tokens_and_c_has_the_least_loss(eval_texts):
+    """c is fitted on all tokens beyond the training length, of texts that are not tested on."""
     model, n = random_model(), 32                           # an eighth of the training length
-    summary = ev.text_bits(model, eval_texts, [1, 4])
-    bits = {}
+    assert len(eval_texts.fit) == 2 and len(eval_texts.documents) == 8
+    hay = eval_texts.enc.decode(eval_texts.hay)
+    assert not any(document in eval_texts.documents for document in eval_texts.fit)
+    assert not any(eval_texts.enc.decode(document) in hay for document in eval_texts.documents)
+    summary, bits = ev.text_bits(model, eval_texts, [1, 4]), {}
     for m in (1, 4):
         rows = torch.tensor([[256] + document[-256 * m:] for document in eval_texts.documents])
         logits = model(rows[:, :-1])[:, -n:]
@@ -2239,24 +1845,15 @@ def test_bits_per_byte_are_those_of_the_last_tokens(eval_texts):
         bits[m] = loss.item() / math.log(2)
         assert summary[str(m)]["bpb"][0] == pytest.approx(bits[m], rel=1e-5)
     assert summary["4"]["change"][0] == pytest.approx(bits[4] - bits[1], abs=1e-4)
-    assert summary["1"]["change"] == [0, 0, 0] and summary["1"]["n"] == 8
-
-
-def test_c_is_the_one_of_least_loss_beyond_the_training_length(eval_texts):
-    model = random_model()
-    fit = ev.fit_scale(model, eval_texts, [2, 4], "")
-    assert tuple(fit["losses"]) == ev.SCALES and fit["n"] == 2
+    fit, expected = ev.fit_scale(model, eval_texts, [2, 4], ""), {}
     rows = torch.tensor([[256] + document[-1024:] for document in eval_texts.fit])
-    losses = {}
     for c in ev.SCALES:
         model.logn_scale = c
         logits = model(rows[:, :-1])[:, 256:]
-        losses[c] = F.cross_entropy(logits.flatten(0, 1), rows[:, 257:].flatten()).item()
-    assert fit["losses"] == pytest.approx(losses, rel=1e-5)
-    assert fit["c"] == min(losses, key=losses.get)
+        expected[c] = F.cross_entropy(logits.flatten(0, 1), rows[:, 257:].flatten()).item()
+    assert fit["losses"] == pytest.approx(expected, rel=1e-5) and tuple(expected) == ev.SCALES
+    assert fit["c"] == min(expected, key=expected.get)
 
-
-# ---- Needles -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("i", [0, 5, 9])
 def test_a_prompt_holds_a_needle_and_the_question_for_it(eval_texts, i):
@@ -2271,7 +1868,6 @@ def test_a_prompt_holds_a_needle_and_the_question_for_it(eval_texts, i):
     assert text.index("\n" + asked) == int((i + 0.5) / 10 * (600 - 2 * len(asked) - 4))
     assert decode(ids[number:]).startswith(asked[-4:] + ".\n")
     assert ev.make_prompt(eval_texts, 600, i) == (ids, number, digits, blank)
-    assert ev.make_prompt(eval_texts, 60, i) is None                        # no room
 
 
 class Copier(torch.nn.Module):
@@ -2304,8 +1900,6 @@ def test_a_copier_finds_what_it_sees_and_cropping_has_that_ceiling(eval_texts, w
     assert summary["1"]["gain"][1] > 0.5                    # without the needle it cannot know
 
 
-# ---- The calculator ------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("call, result", [
     ("2+3*4", "14"), ("(1.5 - 0.5) / 4", "0.25"), ("10/2", "5"), ("-3*2", "-6"), ("7//2", "3"),
     ("7 % 4", "3"), ("0.1+0.2", "0.3"), ("+-+5", "-5"), (" 50*2 ", "100"), ("1+" * 99 + "1", "100"),
@@ -2315,14 +1909,12 @@ def test_the_calculator_works_out(call, result):
 
 
 @pytest.mark.parametrize("call", [
-    "", "x", "print(1)", "__import__('os')", "__import__('os').system('true')", "int('5')", "()",
-    "'a'.__class__", "'a'.count('a').__class__", "'a'.count('a', 0)", "'a'.count(b'a')",
-    "'a'.upper().count('A')", "f'{x}'.count('1')", "'{x}'.count('1')", "'a'*9", "'a'.count('a')+1",
-    "(1).real", "1 .real", "1 if 1 else 2", "1 and 2", "1 < 2", "(1,2)", "[1]", "{1}", "lambda: 1",
-    "x := 1", "1; 2", "1\n2", "1\0", "\ud800", "...", "1..", "0x10", "1e9", "1j", "1_0", "2**3",
-    "2 ** 3", "2* *3", "9**9**9", "1/0", "5 % 0", "1(2)", "(1)(2)", "12(3+4)", "1 2", "007", "٣+4",
-    "9" * 60, "9" * 5000, "99999999*99999999", "(" * 150 + "1" + ")" * 150, "(" * 5000,
-    "-" * 199 + "x", "10+" * 100 + "10"])                   # too long: not to be cut
+    "", "x", "print(1)", "__import__('os').system('true')", "int('5')", "()", "'a'.__class__",
+    "'a'.count('a').__class__", "'a'.count('a', 0)", "'a'.upper().count('A')", "f'{x}'.count('1')",
+    "'a'*9", "'a'.count('a')+1", "(1).real", "1 if 1 else 2", "1 < 2", "(1,2)", "[1]", "{1}",
+    "lambda: 1", "x := 1", "1; 2", "1\n2", "1\0", "\ud800", "...", "1..", "0x10", "1e9", "1j",
+    "1_0", "2**3", "2* *3", "9**9**9", "1/0", "5 % 0", "(1)(2)", "1 2", "007", "٣+4", "9" * 60,
+    "9" * 5000, "99999999*99999999", "(" * 150 + "1" + ")" * 150, "-" * 199 + "x", "10+" * 100])
 def test_the_calculator_refuses_all_but_arithmetic_and_count(call, monkeypatch):
     def checked(text, names):
         assert re.fullmatch(r"[\d.+\-*/%() ]*", text) and "**" not in text and len(text) <= 200
@@ -2331,44 +1923,27 @@ def test_the_calculator_refuses_all_but_arithmetic_and_count(call, monkeypatch):
     assert ev.calculator(call) is None
 
 
-# ---- A whole evaluation --------------------------------------------------------------------------
+# ---- A whole evaluation, and what its table says -------------------------------------------------
 
-@pytest.fixture
-def evaluated(monkeypatch, capsys):
-    """evaluated(base, words): `python eval.py words` in this process; returns what it printed."""
-    def run(base, words):
-        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-        monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
-        monkeypatch.setattr(ev, "QUICK", SMALL)
-        ev.main()
-        return capsys.readouterr().out
-    return run
-
-
-def test_a_long_tag_has_the_base_of_the_tag_without_long(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert ev.places("d2_1tpp_long") == [
-        tmp_path / "base_checkpoints" / "d2_1tpp",
-        tmp_path / "chatsft_checkpoints" / "d2_1tpp_long",
-        tmp_path / "hf_sft" / "d2_1tpp_long"]
-
-
-def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch, evaluated):
-    write_texts(tmp_path)
+def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch, run_here):
+    shard = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
+    write_shard(shard, some_texts(40, longest=2500))
+    enc = write_tokenizer(tmp_path / "tokenizer")
     folder, dropped = [tmp_path / "base_checkpoints" / tag for tag in ("t", "t_drope_50")]
     write_checkpoint(folder, random_model(n_train=128))
     write_checkpoint(dropped, random_model(1, use_rope=False, n_train=128))
     monkeypatch.setattr(ev, "SCALES", (0.4,))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(ev, "QUICK", SMALL)
+    args = ("t", "t_drope_50", "--quick")
+    with monkeypatch.context() as patch:
         patch.setattr(ev, "needles", lambda *args: signal.raise_signal(signal.SIGINT))
-        evaluated(tmp_path, "t t_drope_50 --quick")
+        status, out = run_here(ev, args, tmp_path)
     half = json.loads((folder / "eval_quick.json").read_text())
-    assert list(half["sections"]) == ["scale", "bpb"]
-    out = evaluated(tmp_path, "t t_drope_50 --quick")
+    assert status == 1 and list(half["sections"]) == ["scale", "bpb"]
+    out += run_here(ev, args, tmp_path)[1]
     assert out.count("  scale: ") == out.count("  needle: ") == 2   # of both runs: one for a tag
 
     data, other = [json.loads((f / "eval_quick.json").read_text()) for f in (folder, dropped)]
-    assert data["sections"]["scale"]["c"] == 0.4                    # the card of an export says it
     arms = ["", " fitted", " ntk", " ntk fitted", " yarn", " yarn fitted"]
     assert set(data["sections"]) == {"scale", "scale ntk", "scale yarn"} | {
         kind + arm for kind in ("bpb", "needle") for arm in arms}
@@ -2377,58 +1952,42 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
     assert set(other["sections"]) == {"scale", "bpb", "bpb fitted", "needle", "needle fitted"}
     model = M.load_model(dropped)[0]                                # evaluated without RoPE
     assert data["key"]["use_rope"] and not other["key"]["use_rope"] and not model.use_rope
-    shard = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
-    texts = ev.Texts(shard, M.load_tokenizer(tmp_path / "tokenizer"), SMALL)
-    expected = ev.text_bits(model, texts, [1])["1"]["bpb"]
+    expected = ev.text_bits(model, ev.Texts(shard, enc, SMALL), [1])["1"]["bpb"]
     assert other["sections"]["bpb"]["1"]["bpb"] == pytest.approx(expected)
-
     table = (tmp_path / "eval" / "results_quick.md").read_text()
     rows = [line.strip("| ").split(" | ")[:2] for line in table.splitlines() if line[:3] == "| t"]
-    names = ["as trained", *(arm.strip() for arm in arms[1:])]
-    both = [["tag", "arm"], *(["t", name] for name in names)]
+    both = [["tag", "arm"], *(["t", arm.strip() or "as trained"] for arm in arms)]
     assert rows == 2 * [*both, ["t_drope_50", "as trained"], ["t_drope_50", "fitted"]]
     for name in ("contexts", "drop", "training"):
         assert (tmp_path / "eval" / f"{name}_quick.png").read_bytes()[:4] == b"\x89PNG"
 
-    monkeypatch.setattr(ev, "draw_all", lambda *args: None)
     with monkeypatch.context() as patch:
         for name in ("needles", "text_bits", "fit_scale"):
             patch.setattr(ev, name, lambda *args: pytest.fail("done again"))
-        assert table in evaluated(tmp_path, "t t_drope_50 --quick")
-        assert "t_drope_50" not in evaluated(tmp_path, "--table --quick t")
+        assert table in run_here(ev, args, tmp_path)[1]
     write_checkpoint(folder, random_model(5, n_train=128))          # the same step, other weights
-    out = evaluated(tmp_path, "t --quick")
+    _, out = run_here(ev, args, tmp_path)
     assert "is of another checkpoint" in out and out.count("  needle") == 6
-
-
-def test_the_curve_of_a_run_has_two_points_at_the_switch(tmp_path):
-    write_checkpoint(tmp_path / "t", random_model(use_rope=False))
-    points = [(0, 5), (5, 0.9), (5, 1.4), (5, 5 / 6), (10, 5 / 11)]
-    assert ev.validations(tmp_path / "t") == (points, 5)
-    assert "RoPE dropped at 5: 0.900 with it, 1.400 without" in ev.how_far(tmp_path / "t")
+    points = [(0, 5), (5, 0.9), (5, 1.4), (5, 5 / 6), (10, 5 / 11)]         # two at the switch
+    assert ev.validations(dropped) == (points, 5)
 
 
 @pytest.mark.parametrize("words, says", [
-    ("", "which tag"), ("--quick t --sead 1", "unrecognized"), ("nothing", "no checkpoint in"),
-    ("--table t tt", "tt is not evaluated"), ("--chat nothing", "export_hf.py --tag nothing"),
-    ("--data-dir x t --check", "unrecognized"), ("cut --table", "eval.json is damaged"),
+    ("nothing", "no checkpoint in"), ("--table t tt", "tt is not evaluated"),
+    ("--chat nothing", "export_hf.py --tag nothing"), ("cut --table", "eval.json is damaged"),
     ("t --quick", "not trained with the tokenizer"), ("short --quick", "256 tokens")])
 def test_eval_refuses_and_keeps_what_is_there(tmp_path, refused, words, says):
     write_tokenizer(tmp_path / "tokenizer", [b"th"] if words == "t --quick" else [])
-    shard = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
-    write_shard(shard, ["short"] * 40)
+    write_shard(tmp_path / "data" / "climbmix" / "shard_06542.parquet", ["short"] * 40)
     for tag in ("t", "short", "cut"):
         write_checkpoint(tmp_path / "base_checkpoints" / tag, random_model())
     done = {"key": {"use_rope": True}, "sections": {"scale": {"c": 0}}}
     (tmp_path / "base_checkpoints" / "t" / "eval.json").write_text(json.dumps(done))
     (tmp_path / "base_checkpoints" / "cut" / "eval.json").write_text('{"key": {"step"')
     M.atomic_write(tmp_path / "eval" / "results.md", "good")
-    M.atomic_write(tmp_path / "eval" / "results_quick.md", "good")
     refused(ev, words.split(), [says], base=tmp_path)
-    assert [path.read_text() for path in (tmp_path / "eval").iterdir()] == ["good", "good"]
+    assert [path.read_text() for path in (tmp_path / "eval").iterdir()] == ["good"]
 
-
-# ---- What the table says -------------------------------------------------------------------------
 
 def of_40(found, use_rope=False, arm="fitted", texts="same"):
     """A base model that found so many of 40 needles at 4x; cropping could find 8."""
@@ -2457,96 +2016,67 @@ def test_up_to_1x_an_arm_is_the_model_as_trained_and_c_0_is_no_other_arm():
 
 # ---- Chat models ---------------------------------------------------------------------------------
 
-def asked(answer, text):
-    reply = {"role": "assistant", "content": answer}
-    return [[{"role": "user", "content": text.format(word)}, reply]
-            for word in ("a", "bb" * 20, "ccc")]
-
-
-LETTERS = asked("B", "Which {}?\n- x=A\n- y=B\n- z=C\n\nRespond only with the letter.")
-NUMBERS = asked([{"type": "text", "text": "so\n\n#### 1,234"}], "How many {}?")
-
-
 @pytest.fixture(scope="session")
-def chat_base(tmp_path_factory):
-    """A base folder with a random chat model t, questions for it, and its export."""
-    base = tmp_path_factory.mktemp("chat")
-    write_tokenizer(base / "tokenizer")
-    folder = base / "chatsft_checkpoints" / "t"
-    write_checkpoint(folder, random_model())
-    lines = [json.dumps({"source": source, "messages": messages}) + "\n"
-             for source, some in (("mmlu", LETTERS), ("spellingbee", NUMBERS)) for messages in some]
-    (folder / "questions.jsonl").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        export_hf.main(["--tag", "t"])
-    return base
+def chat_model(exported):
+    """An export as eval.Chat, and the same weights in model.py, as the export has them."""
+    model = M.load_model(exported / "chatsft_checkpoints" / "d3_9tpp")[0].bfloat16().float()
+    return ev.Chat(exported / "hf_sft" / "d3_9tpp", M.setup_env(compile=0)), model
 
 
-@pytest.fixture(scope="session")
-def chat_model(chat_base):
-    """The export as eval.Chat, and the same weights in model.py, as the export has them."""
-    model = M.load_model(chat_base / "chatsft_checkpoints" / "t")[0]
-    model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
-    return ev.Chat(chat_base / "hf_sft" / "t", M.setup_env(compile=0)), model
+def test_answers_are_those_of_the_model_and_of_a_row_alone(chat_model, enc):
+    chat_bot, model = chat_model
 
-
-def test_answers_are_those_of_the_model_and_of_a_row_alone(chat_model):
-    chat, model = chat_model
-    result = chat.ask(LETTERS, 0)
-    assert result["n"] == 3
-    for example in result["examples"]:                      # the likeliest of A, B and C
-        ids = [256, 257, *example["question"].encode(), 258, 259]
-        logits = model(torch.tensor([ids]))[0, -1]
-        assert example["answer"] == max("ABC", key=lambda letter: logits[ord(letter)])
-        assert example["right"] == (example["answer"] == "B")
-    together = chat.ask(NUMBERS, 24)["examples"]
-    alone = [chat.ask([messages], 24)["examples"][0] for messages in NUMBERS]
+    def prompt(text):
+        return sft.render(enc, chat(text))[0] + [enc.encode_single_token("<|assistant_start|>")]
+    for example in chat_bot.ask(LETTERS, 0)["examples"]:    # the likeliest of A, B and C
+        logits = model(torch.tensor([prompt(example["question"])]))[0, -1]
+        best = max("ABC", key=lambda letter: logits[enc.encode_single_token(letter)])
+        assert example["answer"] == best and example["right"] == (best == "B")
+    together = chat_bot.ask(NUMBERS, 24)["examples"]
+    alone = [chat_bot.ask([messages], 24)["examples"][0] for messages in NUMBERS]
     assert sorted(together, key=str) == sorted(alone, key=str)
     assert {example["expected"] for example in alone} == {"1234"}
-    ids = [256, 257, *b"hello", 258, 259]                   # greedy, without a cache
+    ids = prompt("hello")                                   # greedy, without a cache
     for _ in range(12):
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    [row] = chat.generate(chat.inputs(["hello"]), 12)
+    [row] = chat_bot.generate(chat_bot.inputs(["hello"]), 12)
     assert row == ids[-12:][:len(row)]
 
 
-def test_the_tool_is_at_hand_while_a_model_answers(chat_model):
-    chat, start, end, output, output_end = chat_model[0], 261, 262, 263, 264
-    rows = [[start, *b"6*7", end], [start, *b"(1+2)/4", end],
-            [start, *b"os.x()", end], [end, *b"6*7", start]]        # refused, and not finished
+def test_the_tool_is_at_hand_while_a_model_answers(chat_model, enc):
+    calls = ["<|python_start|>6*7<|python_end|>", "<|python_start|>(1+2)/4<|python_end|>",
+             "<|python_start|>os.x()<|python_end|>", "<|python_end|>6*7<|python_start|>"]
+    rows = [enc.encode(call, allowed_special="all") for call in calls]
     ids = torch.tensor([[0] * (12 - len(row)) + row for row in rows])
-    written = chat.generate(dict(input_ids=ids, attention_mask=torch.ones_like(ids)), 8)
-    assert written[0][:4] == [output, *b"42", output_end]
-    assert written[1][:6] == [output, *b"0.75", output_end]
-    assert written[0][4] != output and output not in written[2] + written[3]
+    written = chat_model[0].generate(dict(input_ids=ids, attention_mask=torch.ones_like(ids)), 8)
+    first, second, *others = [enc.decode(row) for row in written]
+    assert first.startswith("<|output_start|>42<|output_end|>") and first.count("42") == 1
+    assert second.startswith("<|output_start|>0.75<|output_end|>")
+    assert not any("output_start" in text for text in others)       # refused, and not finished
 
 
-def test_the_row_of_a_chat_model_in_the_table(chat_base, tmp_path, evaluated):
-    shutil.copytree(chat_base, tmp_path, dirs_exist_ok=True)
-    evaluated(tmp_path, "t --quick")
-    data = json.loads((tmp_path / "chatsft_checkpoints" / "t" / "eval_quick.json").read_text())
-    mmlu, bee = data["sections"]["mmlu"], data["sections"]["spellingbee"]
+def test_the_row_of_a_chat_model_in_the_table(own, monkeypatch, run_here):
+    monkeypatch.setattr(ev, "QUICK", SMALL)
+    shutil.rmtree(own / "base_checkpoints")
+    run_here(ev, ("d3_9tpp", "--quick"), own)
+    file = own / "chatsft_checkpoints" / "d3_9tpp" / "eval_quick.json"
+    sections = json.loads(file.read_text())["sections"]
+    mmlu, bee = sections["mmlu"], sections["spellingbee"]
     cells = [ev.cell(mmlu, "rate"), "-", ev.cell(bee, "rate"), ev.cell(bee, "stops")]   # no GSM8K
-    assert f"| t | {' | '.join(cells)} |" in (tmp_path / "eval" / "results_quick.md").read_text()
-    assert not list((tmp_path / "eval").glob("*.png"))      # there is no base model to draw
+    assert f"| d3_9tpp | {' | '.join(cells)} |" in (own / "eval/results_quick.md").read_text()
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("hf_sft/t/model.safetensors", None, "model.safetensors"),
-    ("hf_sft/t/model.safetensors", b"cut", "is damaged"),
-    ("hf_sft/t/config.json", b"{", "is damaged"),
-    ("hf_sft/t/tokenizer.json", b"{", "export_hf.py --tag t"),
-    ("chatsft_checkpoints/t/questions.jsonl", b'{"source": ', "questions.jsonl is damaged")])
-def test_a_damaged_export_is_named(chat_base, tmp_path, refused, name, content, says):
-    shutil.copytree(chat_base, tmp_path, dirs_exist_ok=True)
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    refused(ev, ["t", "--quick"], [says], base=tmp_path)
+@pytest.mark.parametrize("name, content", [
+    ("hf_sft/d3_9tpp/model.safetensors", b"cut"), ("hf_sft/d3_9tpp/config.json", b"{"),
+    ("hf_sft/d3_9tpp/tokenizer.json", b"{"),
+    ("chatsft_checkpoints/d3_9tpp/questions.jsonl", b'{"source": ')])
+def test_a_damaged_export_is_named(own, refused, name, content):
+    (own / name).write_bytes(content)
+    shutil.rmtree(own / "base_checkpoints")
+    refused(ev, ["d3_9tpp", "--quick"], ["is damaged"], base=own)
 
 
-def test_a_conversation_survives_ctrl_c_and_bytes_that_are_no_utf8(chat_base, monkeypatch, capsys):
+def test_a_conversation_survives_ctrl_c_and_bytes_that_are_no_utf8(exported, monkeypatch, run_here):
     seen = []                                               # how long the inputs of each answer are
 
     class Says(ev.PythonTool):
@@ -2561,23 +2091,18 @@ def test_a_conversation_survives_ctrl_c_and_bytes_that_are_no_utf8(chat_base, mo
                 signal.raise_signal(signal.SIGINT)
             said = len(seen[-1])
             scores[:] = -torch.inf
-            scores[0, b"ab "[said % 3] if said < 30 else 260] = 0.0
+            scores[0, b"ab "[said % 3] if said < 30 else HF_STOP] = 0.0
             return scores
 
     lines = io.BytesIO(b"hello\n\xff\xfe\nhello\nhello\n/clear\nhello\n")
     monkeypatch.setattr(ev, "PythonTool", Says)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(chat_base))
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        ev.talk("t", M.setup_env(compile=0))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    _, stopped, no_text, whole, *_ = capsys.readouterr().out.split("\n> ")
+    _, out = run_here(ev, ["--chat", "d3_9tpp"], exported)
+    _, stopped, no_text, whole, *_ = out.split("\n> ")
     assert "not UTF-8" in no_text
     assert 0 < len(stopped.strip()) < len(whole.strip()) and whole.startswith(stopped.strip())
-    # the third answer sees the second, 9 + 30 + 8 tokens; the last one, after /clear, sees none
-    assert [lengths[0] for lengths in seen] == [9, 9, 47, 9]
+    first, second, third, last = [lengths[0] for lengths in seen]
+    assert first == second == last < third / 2              # the third sees the second's answer
 
 
 @pytest.mark.parametrize("text, number", [
@@ -2588,7 +2113,40 @@ def test_the_final_answer(text, number):
     assert ev.final_answer(text) == ev.final_answer(parts) == number
 
 
-# ==== export_hf.py: the export ====================================================================
+# ==== export_hf.py: exports, and publishing them ==================================================
+
+TAGS = {"d3_9tpp": True, "d3_9tpp_drope_50": False, "d3_9tpp_drope_50_long": False}
+HF_BOS, HF_STOP = 503, 507                    # <|bos|> and <|assistant_end|>, of 512 ids
+HF5 = int(transformers.__version__.split(".")[0]) >= 5
+publishing = pytest.mark.skipif(not HF5, reason="publishing is done with huggingface_hub 1 and up")
+
+
+def export_model(seed, use_rope):
+    """With random weights so large that attention and softcap matter."""
+    return small_model(seed, 3, 512, use_rope, 0.15, T=64)
+
+
+@pytest.fixture(scope="session")
+def exported(tok_made, tmp_path_factory):
+    """A base folder: a tokenizer, the checkpoints of three tags, and their exports."""
+    base = tmp_path_factory.mktemp("exports")
+    shutil.copytree(tok_made, base / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        for seed, (tag, use_rope) in enumerate(TAGS.items()):
+            if not tag.endswith("_long"):                   # it shares the base of the others
+                write_checkpoint(base / "base_checkpoints" / tag, export_model(seed, use_rope))
+            write_checkpoint(base / "chatsft_checkpoints" / tag, export_model(10 + seed, use_rope))
+            export_hf.main(["--tag", tag])
+    return base
+
+
+@pytest.fixture
+def own(exported, tmp_path, monkeypatch):
+    """A copy of that folder, to break things in."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "own"))
+    return shutil.copytree(exported, tmp_path / "own")
+
 
 def visible(folder):
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -2601,14 +2159,11 @@ def contents(folder):
 def test_an_export_and_its_config(exported):
     common = {"config.json", "export.json", "generation_config.json", "model.safetensors",
               "modeling_nanochat.py", "tokenizer.json", "tokenizer_config.json"}
-    mask = os.umask(0)
-    os.umask(mask)
     for stage, more, stop in (("base", set(), HF_BOS), ("sft", {"chat_template.jinja"}, HF_STOP)):
         folder = exported / f"hf_{stage}" / "d3_9tpp"
         assert visible(folder) == common | more
         for name, digest in json.loads((folder / "export.json").read_text())["files"].items():
             assert M.file_hash(folder / name) == digest
-        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
         code = "modeling_nanochat.NanoChat"
         assert json.loads((folder / "config.json").read_text()) == {
             "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat",
@@ -2622,10 +2177,30 @@ def test_an_export_and_its_config(exported):
             "original_max_position_embeddings": 64, "tie_word_embeddings": False,
             "use_cache": True, "bos_token_id": HF_BOS, "eos_token_id": stop, "pad_token_id": stop,
             "dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    assert visible(exported / "hf_base") == {"d3_9tpp", "d3_9tpp_drope_50"}
     for tag, use_rope in TAGS.items():
-        config = AutoConfig.from_pretrained(exported / "hf_sft" / tag, trust_remote_code=True)
-        assert config.use_rope is use_rope
+        config = json.loads((exported / "hf_sft" / tag / "config.json").read_text())
+        assert config["use_rope"] is use_rope
+
+
+def test_rope_stays_off_from_checkpoint_to_fine_tuning_to_both_exports(sft_run, run_here):
+    """Of real runs: d1, with RoPE for 10 of 20 steps, fine-tuned as drope_long."""
+    base = sft_run.parents[1]
+    assert run_here(export_hf, ["--tag", "drope_long"], base)[0] == 0
+    for stage, tag, export in (("base_checkpoints", "drope", "hf_base"),
+                               ("chatsft_checkpoints", "drope_long", "hf_sft")):
+        ours, meta = M.load_model(base / stage / tag)
+        assert meta["finished"] and meta["loop_state"]["use_rope"] is ours.use_rope is False
+        theirs, ids = load(base / export / tag), torch.randint(0, ours.config.vocab_size, (2, 90))
+        ours = ours.bfloat16().float()                      # as the export has the weights
+        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
+        ours.use_rope = True
+        assert (theirs(ids).logits - ours(ids)).abs().max() > 1e-3      # it would be noticed
+    base_tag, said, chat_tag, chat_said = run_here(ev, ["--status"], base)[1].splitlines()
+    assert base_tag.endswith("base_checkpoints/drope, exported")
+    assert re.sub(r"\d\.\d{3}\b", "X", said.strip()) == (
+        "finished at step 20, bits per byte X -> X, RoPE dropped at 10: X with it, X without")
+    assert chat_tag.endswith("/drope_long, exported")
+    assert re.fullmatch(r" +finished at step \d+, .*, RoPE off", chat_said)
 
 
 def truncate(path):
@@ -2644,80 +2219,54 @@ def test_a_whole_export_is_kept_and_a_damaged_one_made_again_to_the_byte(own, ca
     said = capsys.readouterr()
     assert ("exported again" in said.err) is bool(name) is not ("skipped" in said.out)
     assert contents(folder) == before and (folder.stat().st_ino == inode) is (name is None)
-    assert visible(folder.parent) == set(TAGS)
 
 
-def test_an_export_follows_its_checkpoint(own):
-    make_checkpoint(own / "base_checkpoints" / "d3_9tpp", True, seed=5)
-    export_hf.main(["--tag", "d3_9tpp", "--stage", "base"])
-    ours, _ = M.load_model(own / "base_checkpoints" / "d3_9tpp", dtype=torch.bfloat16)
-    theirs = load_file(own / "hf_base" / "d3_9tpp" / "model.safetensors")
-    assert torch.equal(theirs["lm_head.weight"], ours.lm_head.weight[:512].bfloat16())
-
-
-def test_of_two_exports_at_once_one_waits(own):
-    shutil.rmtree(own / "hf_sft")
+def test_an_export_follows_its_checkpoint_and_of_two_at_once_one_waits(own):
+    write_checkpoint(own / "base_checkpoints" / "d3_9tpp", export_model(5, True))
     jobs = [start("export_hf.py", "--tag", "d3_9tpp", base=own) for _ in range(2)]
-    out = [job.communicate()[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], out
-    assert "".join(out).count(" -> ") == 1 and "".join(out).count("skipped") == 3
+    out = "".join(job.communicate()[0] for job in jobs)
+    assert out.count(" -> ") == 1 and out.count("skipped") == 3, out
+    ours, _ = M.load_model(own / "base_checkpoints" / "d3_9tpp", dtype=torch.bfloat16)
+    assert torch.equal(load(own / "hf_base" / "d3_9tpp").lm_head.weight,
+                       ours.lm_head.weight[:512].bfloat16().float())
 
 
 def test_an_unfinished_model_replaces_no_export_and_is_not_published(own, capsys):
     base, folder = own / "base_checkpoints" / "d3_9tpp", own / "hf_base" / "d3_9tpp"
-    last, before = M.checkpoint_files(base, 7)["model"].read_bytes(), contents(folder)
-    make_checkpoint(base, True, seed=5, step=4)
-    M.checkpoint_files(base, 7)["model"].write_bytes(last[:-100])       # so step 4 is the newest
+    last, before = M.checkpoint_files(base, 10), contents(folder)
+    damaged, meta = last["model"].read_bytes()[1:], last["meta"].read_bytes()
+    write_checkpoint(base, export_model(5, True), step=4)
+    last["model"].write_bytes(damaged)                      # so step 4 is the newest
+    last["meta"].write_bytes(meta)
     for more in ([], ["--push", "me", "--dry-run"]):
-        with pytest.raises(SystemExit, match="step 4 of 7.*finish"):
+        with pytest.raises(SystemExit, match="step 4 of 10.*finish"):
             export_hf.main(["--tag", "d3_9tpp", *more])
     assert contents(folder) == before
     capsys.readouterr()
     export_hf.main(["--push", "me", "--all", "--dry-run"])
     out = capsys.readouterr().out
-    assert "d3_9tpp is left out" in out and "me/nanochat-d3-9tpp-drope-50-hf-sft" in out
-    assert out.count("me/nanochat-") == 8
+    assert "d3_9tpp is left out" in out and out.count("me/nanochat-") == 8
     shutil.rmtree(folder)                                   # without one it may be looked at
     export_hf.main(["--tag", "d3_9tpp", "--stage", "base"])
     assert json.loads((folder / "export.json").read_text())["finished"] is False
-
-
-@pytest.mark.parametrize("args, words", [
-    ("", ["--tag"]), ("--tag ../d3_9tpp", ["--tag"]), ("--tag d4_9tpp", ["d4_9tpp", "run_all.sh"]),
-    ("--tag d3_9tpp --stage rl", ["base, sft or all"]), ("--tag d3_9tpp --push me/you", ["me/you"]),
-    ("--pull me/nanochat-d3-9tpp --push me", ["--pull"]), ("--pull x", ["USER/nanochat-d18"]),
-    ("--pull me/nanochat-d3-9tpp --tag d3_9tpp", ["--pull"]),
-    ("--tag d3_9tpp --dry-run", ["--dry-run", "--push"]),
-    ("--tag d3_9tpp --private", ["--private", "--push"]), ("--all", ["--all", "--push"]),
-    ("--tag d3_9tpp --push me --all", ["--all", "--tag"])])
-def test_what_does_not_fit_is_refused(exported, refused, args, words):
-    refused(export_hf, args.split(), words, exported)
 
 
 def test_what_cannot_be_exported_leaves_the_earlier_export(own, refused, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    before, args = contents(own / "hf_base" / "d3_9tpp"), ["--tag", "d3_9tpp", "--stage", "base"]
-    file = M.checkpoint_files(own / "base_checkpoints" / "d3_9tpp", 7)["meta"]
-    meta = json.loads(file.read_text())
+    before, folder = contents(own / "hf_base" / "d3_9tpp"), own / "base_checkpoints" / "d3_9tpp"
+    args, meta = ["--tag", "d3_9tpp", "--stage", "base"], M.read_meta(folder, 10)
     larger = {"model_config": {**meta["model_config"], "vocab_size": 640}}
-    for change, words in (({"loop_state": {}}, ["use_rope", "meta_000007.json"]),
+    for change, words in (({"loop_state": {}}, ["use_rope", "meta_000010.json"]),
                           ({"tokenizer": "other"}, ["tokenizer"]), (larger, ["512", "640"])):
-        file.write_text(json.dumps({**meta, **change}))
+        change_meta(folder, 10, lambda now: now.update({**meta, **change}))
         refused(export_hf, args, words, own)
-    make_checkpoint(own / "base_checkpoints" / "d3_9tpp", True, seed=5)
+    write_checkpoint(folder, export_model(5, True))
     monkeypatch.setattr(export_hf, "atomic_write", full)
-    with pytest.raises(SystemExit, match="No space left.*untouched"):
-        M.guard(lambda: export_hf.main(args))
+    refused(export_hf, args, ["No space left", "untouched"], own)
     assert contents(own / "hf_base" / "d3_9tpp") == before
     assert visible(own / "hf_base") == {"d3_9tpp", "d3_9tpp_drope_50"}
-
-
-# ==== export_hf.py: push and pull =================================================================
-
-HF5 = int(transformers.__version__.split(".")[0]) >= 5
-publishing = pytest.mark.skipif(not HF5, reason="publishing is done with huggingface_hub 1 and up")
 
 
 @pytest.fixture
@@ -2732,12 +2281,6 @@ def online(hub, own, monkeypatch):
     return hub
 
 
-def refuses(args, *words):
-    with pytest.raises(SystemExit) as e:
-        export_hf.main(args)
-    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
-
-
 @publishing
 def test_push_fills_four_repositories(online, own, capsys):
     push = ["--tag", "d3_9tpp_drope_50", "--push", "me"]
@@ -2746,18 +2289,18 @@ def test_push_fills_four_repositories(online, own, capsys):
     weights = own / "hf_sft" / "d3_9tpp_drope_50" / "model.safetensors"
     good = weights.read_bytes()
     truncate(weights)                                       # it is mended before it is sent
-    online.damage = "model_000007.pt"                       # what arrived damaged is sent again
+    online.damage = "model_000010.pt"                       # what arrived damaged is sent again
     export_hf.main(push)
     said = capsys.readouterr()
-    assert "what arrived of model_000007.pt is not what was sent" in said.err
+    assert "what arrived of model_000010.pt is not what was sent" in said.err
     assert "hf_secret" not in said.out + said.err and not online.private
-    base, chat, hf_base, hf_chat = (online.repos[f"me/nanochat-d3-9tpp-drope-50-{kind}"]
-                                    for kind in ("base", "sft", "hf-base", "hf-sft"))
-    assert set(base) == set(chat) == {
-        "README.md", "model_000007.pt", "meta_000007.json", "optim_000007_rank0.pt",
+    base, native, hf_base, hf_chat = (online.repos[f"me/nanochat-d3-9tpp-drope-50-{kind}"]
+                                      for kind in ("base", "sft", "hf-base", "hf-sft"))
+    assert set(base) == set(native) == {
+        "README.md", "model_000010.pt", "meta_000010.json", "optim_000010_rank0.pt",
         "metrics.jsonl", "questions.jsonl", "tokenizer/tokenizer.pkl", "tokenizer/token_bytes.pt"}
-    model = own / "base_checkpoints" / "d3_9tpp_drope_50" / "model_000007.pt"
-    assert base["model_000007.pt"] == model.read_bytes() != chat["model_000007.pt"]
+    model = own / "base_checkpoints" / "d3_9tpp_drope_50" / "model_000010.pt"
+    assert base["model_000010.pt"] == model.read_bytes() != native["model_000010.pt"]
     assert set(hf_base) == {"README.md", *visible(own / "hf_base" / "d3_9tpp_drope_50")}
     assert hf_chat["model.safetensors"] == good == weights.read_bytes()
     assert hf_chat["README.md"].startswith(b"---\nlicense: mit\n")
@@ -2773,20 +2316,18 @@ def test_push_fills_four_repositories(online, own, capsys):
 
 
 @publishing
-def test_who_may_publish_and_read(online, own, monkeypatch):
+def test_who_may_publish_and_read(online, own, refused, monkeypatch):
     push = ["--tag", "d3_9tpp", "--push", "me", "--private"]
     for status in (401, 403):
-        online.refuse = {"": status}
-        refuses(push, "HF_TOKEN", "write")
-        refuses(["--pull", "me/nanochat-d3-9tpp"], "HF_TOKEN")
+        online.refuse = status
+        refused(export_hf, push, ["HF_TOKEN", "write"], own)
+        refused(export_hf, ["--pull", "me/nanochat-d3-9tpp"], ["HF_TOKEN"], own)
     assert len(online.log) < 16                             # at once, without trying again
-    online.refuse = {}
+    online.refuse = None
     export_hf.main(push)
     assert online.private == set(online.repos) and len(online.repos) == 4
     online.private.clear()
-    refuses(push, "me/nanochat-d3-9tpp-base", "public")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    refuses(push, "HF_TOKEN")
+    refused(export_hf, push, ["me/nanochat-d3-9tpp-base", "public"], own)
 
 
 def as_the_nanochat_repo_has_it(repos, tag):
@@ -2794,11 +2335,11 @@ def as_the_nanochat_repo_has_it(repos, tag):
     for kind, suffix in export_hf.KINDS.items():
         files = repos.pop(export_hf.repo_name("me", tag, kind))
         repos[f"me/{tag.replace('_', '-')}-{suffix}"] = files
-        if "meta_000007.json" in files:
-            meta = json.loads(files["meta_000007.json"])
+        if "meta_000010.json" in files:
+            meta = json.loads(files["meta_000010.json"])
             for field in ("loop_state", "sha256", "steps", "finished", "revision"):
                 del meta[field]
-            files["meta_000007.json"] = json.dumps(meta).encode()
+            files["meta_000010.json"] = json.dumps(meta).encode()
             del files["metrics.jsonl"], files["questions.jsonl"]
 
 
@@ -2808,8 +2349,8 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
     """A long tag with a fractional horizon, as we publish it and as the nanochat repo does. Its
     base was published without the _long."""
     tag, name, back = "d3_2.5tpp_drope_50_long", "me/nanochat-d3-2.5tpp-drope-50", tmp_path / "back"
-    shutil.move(own / "base_checkpoints" / "d3_9tpp_drope_50", own / "base_checkpoints" / tag[:-5])
-    shutil.move(own / "chatsft_checkpoints" / "d3_9tpp_drope_50", own / "chatsft_checkpoints" / tag)
+    for stage, new in (("base_checkpoints", tag[:-5]), ("chatsft_checkpoints", tag)):
+        shutil.move(own / stage / "d3_9tpp_drope_50", own / stage / new)
     export_hf.main(["--tag", tag, "--push", "me"])
     if public:
         as_the_nanochat_repo_has_it(online.repos, tag)
@@ -2818,7 +2359,7 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(back))
     online.log.clear()
     capsys.readouterr()
-    online.faults = {"model_000007.pt": ["corrupt"]}
+    online.faults = {"model_000010.pt": ["corrupt"]}
     export_hf.main(["--pull", f"{name}-long"])
     assert not any("tokenizer.pkl" in path for path in online.log)
     assert capsys.readouterr().out.count("use_rope None; set to False") == 2 * public
@@ -2828,28 +2369,25 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
     for file in ("metrics.jsonl", "questions.jsonl"):
         assert (back / "chatsft_checkpoints" / tag / file).exists() is not public
     capsys.readouterr()
-    for again in (f"{name}-long-hf-sft", "me/d3-2.5tpp-drope-50-long-chatsft_checkpoints"):
-        export_hf.main(["--pull", again])
-        assert capsys.readouterr().out.count("there already") == 2
+    export_hf.main(["--pull", f"{name}-long-hf-sft"])
+    assert capsys.readouterr().out.count("there already") == 2
 
 
 @publishing
-def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, own):
+def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, own, refused):
     export_hf.main(["--tag", "d3_9tpp", "--push", "me"])
     pull, folder = ["--pull", "me/nanochat-d3-9tpp"], own / "base_checkpoints" / "d3_9tpp"
-    good = (folder / "model_000007.pt").read_bytes()
-    truncate(folder / "model_000007.pt")
+    good = (folder / "model_000010.pt").read_bytes()
+    truncate(folder / "model_000010.pt")
     export_hf.main(pull)
-    assert (folder / "model_000007.pt").read_bytes() == good and M.newest_checkpoint(folder) == 7
-    refuses(["--pull", "me/nanochat-d7-9tpp"], "me/nanochat-d7-9tpp-hf-sft", "me/d7-9tpp-hf-sft")
+    assert (folder / "model_000010.pt").read_bytes() == good and M.newest_checkpoint(folder) == 10
+    refused(export_hf, ["--pull", "me/nanochat-d7-9tpp"], ["d7-9tpp-hf-sft"], own)
     with M.lock_file(folder / ".lock", wait=False):
-        refuses(pull, "in use")
-    make_checkpoint(folder, True, seed=1, step=9)
-    refuses(pull, "another run")
+        refused(export_hf, pull, ["in use"], own)
+    write_checkpoint(folder, export_model(1, True))
+    refused(export_hf, pull, ["another run"], own)
     (own / "tokenizer" / "tokenizer.tiktoken").write_text("eA== 0\n")
-    refuses(pull, "another tokenizer")
-    online.repos["me/nanochat-d3-9tpp-hf-sft"]["tokenizer.json"] = b"[]"
-    refuses(pull, "tokenizer.json")
+    refused(export_hf, pull, ["another tokenizer"], own)
 
 
 def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
@@ -2858,7 +2396,7 @@ def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
         return export_hf.card(kind, tag, "me", found)
 
     long, base = card("hf-sft", "d3_9tpp_drope_50_long"), card("base", "d3_9tpp")
-    for words in ("dropped before step 4 of 7", "7,168", "1.2345", "abc123", "1.1000", "1.9000",
+    for words in ("dropped before step 5 of 10", "10,240", "1.2345", "abc123", "0.9000", "1.4000",
                   "non-commercial", "\nlicense: mit\n", "\n- allenai/tulu-v2-sft-long-mixture\n",
                   "\nbase_model: me/nanochat-d3-9tpp-drope-50-long-hf-base\n",
                   '\nrepo = "me/nanochat-d3-9tpp-drope-50-long-hf-sft"\n'):
@@ -2868,52 +2406,9 @@ def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
     evaluation = own / "base_checkpoints" / "d3_9tpp" / "eval.json"
     evaluation.write_text('{"sections": {"scale": {"c": 0.4}}}')
     assert "evaluation of this model fitted 0.4" in card("hf-base", "d3_9tpp")
-    evaluation.write_text("{")
-    with pytest.raises(SystemExit, match="eval.json is damaged"):
-        card("hf-base", "d3_9tpp")
 
 
 # ==== modeling_nanochat.py: the model for transformers, equal to model.py's =======================
-
-TAGS = {"d3_9tpp": True, "d3_9tpp_drope_50": False, "d3_9tpp_drope_50_long": False}
-HF_BOS, HF_STOP = 503, 507                    # <|bos|> and <|assistant_end|>, of 512 ids
-NEVER = 9999                            # an id that does not exist: generation does not stop
-
-
-def make_checkpoint(folder, use_rope, seed, step=7):
-    """A checkpoint, of 7 steps, of random weights so large that attention and softcap matter."""
-    model = small_model(seed, 3, 512, use_rope, 0.15, T=64)
-    optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}, "param_groups": []})
-    M.save_checkpoint(folder, step, model, optimizer, {}, {
-        "step": step, "steps": 7, "finished": step == 7, "val_bpb": 1.2345, "revision": "abc123",
-        "total_batch_size": 1024, "max_seq_len": 64, "model_config": vars(model.config),
-        "user_config": {}, "loop_state": {"use_rope": use_rope}})
-    jump = {"step": 4, "switch": True, "val_bpb_with_rope": 1.1, "val_bpb_without_rope": 1.9}
-    M.atomic_write(folder / "metrics.jsonl", "" if use_rope else json.dumps(jump) + "\n")
-    M.atomic_write(folder / "questions.jsonl", '{"question": "Q"}\n')
-
-
-@pytest.fixture(scope="session")
-def exported(tok_made, tmp_path_factory):
-    """A base folder: a tokenizer, the checkpoints of three tags, and their exports."""
-    base = tmp_path_factory.mktemp("exports")
-    shutil.copytree(tok_made, base / "tokenizer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        for seed, (tag, use_rope) in enumerate(TAGS.items()):
-            if not tag.endswith("_long"):                   # it shares the base of the others
-                make_checkpoint(base / "base_checkpoints" / tag, use_rope, seed)
-            make_checkpoint(base / "chatsft_checkpoints" / tag, use_rope, 10 + seed)
-            export_hf.main(["--tag", tag])
-    return base
-
-
-@pytest.fixture
-def own(exported, tmp_path, monkeypatch):
-    """A copy of that folder, to break things in."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "own"))
-    return shutil.copytree(exported, tmp_path / "own")
-
 
 def load(folder, **more):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True,
@@ -2979,8 +2474,8 @@ def test_generation_with_a_cache_equals_a_loop_without(pair):
         for _ in range(12):
             row = torch.cat([row, ours(row[None])[0, -1].argmax()[None]])
         rows[i] = row[-12:]
-    settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=NEVER,
-                    pad_token_id=HF_BOS)
+    settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=HF_BOS,
+                    eos_token_id=9999)                                  # never
     for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         got = theirs.generate(ids, **settings, **more)[:, -12:]
         assert torch.equal(got, torch.stack(rows)), more
@@ -2993,22 +2488,16 @@ def test_generation_with_a_cache_equals_a_loop_without(pair):
 
 
 @torch.no_grad()
-def test_the_loss_shifts_labels_and_divides_by_what_it_is_told(pair):
+def test_what_the_model_takes_and_gives(pair):
+    """The loss shifts labels, and is divided by num_items_in_batch, if that is given."""
     ours, theirs = pair
+    theirs.set_attn_implementation("eager")
     ids = random_ids(2, 20)
     labels = ids.masked_fill(torch.arange(20) < 5, -100)
-    nats = torch.nn.functional.cross_entropy(ours(ids)[:, :-1].transpose(1, 2), labels[:, 1:],
-                                             reduction="sum")
+    nats = F.cross_entropy(ours(ids)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
     for more, n in (({}, 30), ({"num_items_in_batch": torch.tensor(7)}, 7)):
         loss = theirs(ids, labels=labels, **more).loss
         assert loss.item() == pytest.approx(nats.item() / n, rel=1e-4)
-
-
-@torch.no_grad()
-def test_what_else_the_model_takes_and_gives(pair):
-    _, theirs = pair
-    theirs.set_attn_implementation("eager")
-    ids = random_ids(2, 20)
     full = theirs(ids, output_hidden_states=True, output_attentions=True)
     for keep, of in ((3, full.logits[:, -3:]), (torch.tensor([0, 7]), full.logits[:, [0, 7]])):
         assert equal(theirs(ids, logits_to_keep=keep).logits, of)
@@ -3018,9 +2507,6 @@ def test_what_else_the_model_takes_and_gives(pair):
     assert [tuple(a.shape) for a in weights] == [(2, 2, 20, 20)] * 3
     assert equal(weights[2].sum(-1), torch.ones(2, 2, 20))
     assert equal(theirs(ids, return_dict=False)[0], full.logits)
-    compiled = torch.compile(theirs, fullgraph=True, backend="eager")   # no graph break
-    assert equal(compiled(ids).logits, full.logits)
-    torch._dynamo.reset()
     theirs.set_attn_implementation("sdpa")
 
 
@@ -3044,8 +2530,6 @@ def test_fresh_weights_begin_as_in_model_py():
     ours.init_weights()
     for name, w in export_hf.hf_weights(ours.state_dict(), 2048).items():
         assert fresh[name].std().item() == pytest.approx(w.float().std().item(), rel=0.02), name
-        if "proj" in name:                                  # uniform
-            assert fresh[name].abs().max() <= w.float().abs().max() * 1.01
 
 
 def test_saved_and_loaded_again_it_is_the_same(exported, tmp_path):
@@ -3055,8 +2539,6 @@ def test_saved_and_loaded_again_it_is_the_same(exported, tmp_path):
     assert again.config.use_rope is False and again.config.hidden_act == "swiglu"
     assert again.generation_config.eos_token_id == HF_STOP and again.dtype == torch.bfloat16
     assert all(torch.equal(w, state[name]) for name, w in again.state_dict().items())
-    inner = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert torch.equal(inner.embed_tokens.weight, state["model.embed_tokens.weight"].float())
     again.resize_token_embeddings(520)
     assert again(random_ids(1, 4)).logits.shape == (1, 4, 520)
     assert torch.equal(again.lm_head.weight[:512], state["lm_head.weight"])
@@ -3065,9 +2547,7 @@ def test_saved_and_loaded_again_it_is_the_same(exported, tmp_path):
 @pytest.mark.parametrize("wrong", [
     {"hidden_act": "gelu"}, {"tie_word_embeddings": True}, {"use_rope": "false"},
     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0}},
-    {"rope_parameters": {"rope_type": "default"}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
-    {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_theta": 1e6}], ids=str)
 def test_an_override_that_would_be_ignored_is_refused(exported, wrong):
     """from_pretrained(name=value) sets it after the config's __init__."""
@@ -3084,7 +2564,6 @@ def test_an_override_that_has_a_meaning_is_followed(exported):
     assert equal(15 * torch.tanh(uncapped / 15), plain) and not equal(uncapped, plain)
     faster = load(folder, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     assert not equal(faster(ids).logits, plain)
-    assert torch.equal(load(folder, logn_scale=0.5)(ids).logits, plain)     # a short text: no bit
 
 
 @pytest.mark.skipif(not HF5, reason="transformers 4.57 has no nanochat class of its own")
@@ -3093,17 +2572,14 @@ def test_transformers_own_nanochat_class_refuses_our_files(exported):
         AutoModelForCausalLM.from_pretrained(exported / "hf_sft" / "d3_9tpp")
 
 
-# ==== modeling_nanochat.py and chat_template.jinja: tokenizer and chat ============================
+# ---- The tokenizer for transformers, and its chat template ---------------------------------------
 
 CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "How many r in strawberry?"},
-    {"role": "assistant", "content": [
+    {"role": "system", "content": "Be brief."}, *chat("How many r in strawberry?", [
         {"type": "text", "text": "Let me count. 🙂"},
         {"type": "python", "text": "'strawberry'.count('r')"},
-        {"type": "python_output", "text": "3"}, {"type": "text", "text": "Three.\n\n#### 3"}]},
-    {"role": "user", "content": " Thanks\n"},
-    {"role": "assistant", "content": "You're welcome 🙂"}]
+        {"type": "python_output", "text": "3"}, {"type": "text", "text": "Three.\n\n#### 3"}],
+        " Thanks\n", "You're welcome 🙂")]
 PIECES = ["Hi there", "é ü ß 中文 🙂👩‍👩‍👧", "12345 6 789", "don't HE'LL 'ſ", " \n\n \t x",
           "<|bos|>", "<|", "|>", "\x00\x7f\u00a0", "aaaa", "\r\n", " The", "'VE", "٣", "Ⅷ",
           "e\u0301", "\u3000"]
@@ -3121,13 +2597,14 @@ def enc(exported):
     return M.load_tokenizer(exported / "tokenizer")
 
 
-def chat_ids(tok, chat):
-    """(ids, mask) of a chat, as sft.render gives them."""
-    got = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+def chat_ids(tokenizer, messages):
+    """(ids, mask) of a conversation, as sft.render gives them."""
+    got = tokenizer.apply_chat_template(messages, return_dict=True,
+                                        return_assistant_tokens_mask=True)
     return got["input_ids"], got["assistant_masks"]
 
 
-def test_the_tokenizer_equals_tiktoken_on_any_text(exported, enc, chat_tok):
+def test_the_tokenizer_equals_tiktoken_on_any_text(enc, chat_tok):
     rng = random.Random(0)
     points = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
     texts = ["".join(rng.choices(PIECES, k=5)) for _ in range(2000)]
@@ -3148,29 +2625,23 @@ def test_the_nine_special_tokens(exported, chat_tok):
 
 
 def test_bos_comes_once(chat_tok):
-    hi, chat = chat_tok("Hi").input_ids, chat_tok.apply_chat_template(CHAT, tokenize=False)
+    hi, text = chat_tok("Hi").input_ids, chat_tok.apply_chat_template(CHAT, tokenize=False)
     batch = chat_tok(["Hi", "Hi there, you"], padding=True)
     assert hi[0] == HF_BOS and [row.count(HF_BOS) for row in batch.input_ids] == [1, 1]
     assert set(batch) == {"input_ids", "attention_mask"} and batch.attention_mask[0][0] == 0
     want = chat_tok.apply_chat_template(CHAT, return_dict=False)
-    assert chat_tok(chat, add_special_tokens=False).input_ids == want and want.count(HF_BOS) == 1
-    if type(chat_tok).__name__ != "NanoChatTokenizer":
-        return                                              # transformers' own adds one to a chat
-    words, pair = dict(is_split_into_words=True), chat_tok("Hi", "Ho").input_ids
-    assert chat_tok.apply_chat_template(CHAT) == chat_tok.encode(chat) == want
-    for texts, ids, more in (
-            ([chat, chat], [want, want], {}), ([chat, "Hi", "<|bos|>Hi"], [want, hi, hi], {}),
-            (["<|bos|>Hi"], hi, words), ([["<|bos|>Hi"], ["Hi"]], [hi, hi], words),
-            ([("<|bos|>Hi", "Ho"), ("Hi", "Ho")], [pair, pair], {})):
-        assert chat_tok(texts, **more).input_ids == ids
-    assert chat_tok("<|bos|>", split_special_tokens=True).input_ids[0] == HF_BOS
+    assert chat_tok(text, add_special_tokens=False).input_ids == want and want.count(HF_BOS) == 1
+    if type(chat_tok).__name__ == "NanoChatTokenizer":      # transformers' own adds one to a chat
+        assert chat_tok.apply_chat_template(CHAT) == chat_tok.encode(text) == want
+        assert chat_tok([text, "Hi", "<|bos|>Hi"]).input_ids == [want, hi, hi]
+        assert chat_tok(["<|bos|>Hi"], is_split_into_words=True).input_ids == hi
 
 
 def test_a_chat_has_the_ids_and_the_mask_of_fine_tuning(enc, chat_tok):
     outputs = {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in (
         ("python_output", "1"), ("python_output", "2"), ("python", "3"), ("python_output", ""))]}
-    for chat in (CHAT, CHAT[1:], CHAT[3:], CHAT[1:3], [CHAT[1], outputs]):
-        assert chat_ids(chat_tok, chat) == sft.render(enc, chat)
+    for messages in (CHAT, CHAT[1:], CHAT[3:], CHAT[1:3], [CHAT[1], outputs]):
+        assert chat_ids(chat_tok, messages) == sft.render(enc, messages)
     ids = chat_tok.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=False)
     assert ids == sft.render(enc, CHAT[:2])[0] + [enc.encode_single_token("<|assistant_start|>")]
 
@@ -3189,11 +2660,9 @@ def test_text_that_spells_a_control_token_stays_text(exported, enc, chat_tok):
     texts = ["".join(rng.choices(pieces, k=6)) for _ in range(150)]
     for text in [*SPECIAL, "<|<|bos|>bos|>", "<<|bos|>|bos|>", "<|bos|", "|bos|>", *texts]:
         call, plain = {"type": "python", "text": text}, {"type": "text", "text": text}
-        whole = [{"role": "system", "content": text}, {"role": "user", "content": text},
-                 {"role": "assistant", "content": [plain, call]}]
+        whole = [{"role": "system", "content": text}, *chat(text, [plain, call])]
         parts = [{"role": "system", "content": in_parts(text, rng)},
-                 {"role": "user", "content": in_parts(text, rng)},
-                 {"role": "assistant", "content": [*in_parts(text, rng), call]}]
+                 *chat(in_parts(text, rng), [*in_parts(text, rng), call])]
         want = sft.render(enc, whole)
         assert chat_ids(chat_tok, whole) == chat_ids(chat_tok, parts) == want, text
         rendered = chat_tok.apply_chat_template(parts, tokenize=False)
@@ -3202,36 +2671,30 @@ def test_text_that_spells_a_control_token_stays_text(exported, enc, chat_tok):
         assert chat_tok.decode(chat_tok.encode(text, add_special_tokens=False)) == text
 
 
-QUESTION, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
-
-
-@pytest.mark.parametrize("words, chat", [
-    ("roles must be", [QUESTION, QUESTION]),
-    ("roles must be", [QUESTION, {**REPLY, "role": "tool"}]),
+@pytest.mark.parametrize("words, messages", [
+    ("roles must be", chat("Hi") * 2),
+    ("roles must be", [*chat("Hi"), {"role": "tool", "content": "x"}]),
     ("needs a user message", [{"role": "system", "content": "x"}]),
-    ("assistant are of type text or python", [QUESTION, {**REPLY, "content": [{"type": "image"}]}]),
-    ("of role user are of type text", [{**QUESTION, "content": [{"type": "image", "text": "x"}]}]),
-    ("of role user are of type text", [{**QUESTION, "content": [{"type": "python", "text": "x"}]}]),
-    ("have a text", [{**QUESTION, "content": [{"type": "text"}]}]),
-    ("of role user has no content", [{**QUESTION, "content": None}]),
-    ("of role assistant has no content", [QUESTION, {"role": "assistant", "tool_calls": []}])])
-def test_a_broken_conversation_is_refused(chat_tok, words, chat):
+    ("assistant are of type text or python", chat("Hi", [{"type": "image"}])),
+    ("of role user are of type text", chat([{"type": "python", "text": "x"}])),
+    ("have a text", chat([{"type": "text"}])), ("of role user has no content", chat(None)),
+    ("of role assistant has no content", [*chat("Hi"), {"role": "assistant", "tool_calls": []}])])
+def test_a_broken_conversation_is_refused(chat_tok, words, messages):
     with pytest.raises(Exception, match=words):
-        chat_tok.apply_chat_template(chat, tokenize=False)
+        chat_tok.apply_chat_template(messages, tokenize=False)
     tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
     with pytest.raises(Exception, match="no tools but python"):
-        chat_tok.apply_chat_template([QUESTION], tools=[tool])
+        chat_tok.apply_chat_template(chat("Hi"), tools=[tool])
 
 
 @pytest.mark.parametrize("content", [
-    "Well", "a <| b", "a <|bos|> b ", "<|assistant_end|>",
+    "Well", "a <|bos|> b ", "<|assistant_end|>",
     [{"type": "python", "text": "1 <| 2"}, {"type": "text", "text": "<|assistant_end|>"}]])
 def test_a_last_message_is_continued(exported, enc, content):
-    tok = AutoTokenizer.from_pretrained(exported / "hf_sft" / "d3_9tpp", trust_remote_code=True)
-    chat = [QUESTION, {"role": "assistant", "content": content}]
-    want = sft.render(enc, chat)[0][:-1]
-    assert tok.apply_chat_template(chat, continue_final_message=True) == want
-    assert tok.apply_chat_template([chat, chat], continue_final_message=True) == [want, want]
+    tokenizer = AutoTokenizer.from_pretrained(exported / "hf_sft/d3_9tpp", trust_remote_code=True)
+    messages = chat("Hi", content)
+    want = sft.render(enc, messages)[0][:-1]
+    assert tokenizer.apply_chat_template(messages, continue_final_message=True) == want
 
 
 @pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
@@ -3241,19 +2704,20 @@ def test_a_tokenizer_that_4_57_or_5_saved_is_the_same(own, enc, tmp_path, name):
     config[name] = config.pop("additional_special_tokens")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     for _ in range(2):
-        tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        assert sorted(tok.all_special_ids) == list(range(503, 512))
-        assert chat_ids(tok, CHAT) == sft.render(enc, CHAT)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert sorted(tokenizer.all_special_ids) == list(range(503, 512))
+        assert chat_ids(tokenizer, CHAT) == sft.render(enc, CHAT)
         folder = tmp_path / "saved"
-        tok.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def test_the_cards_snippet_generates_up_to_the_stop_token(exported):
     repo = exported / "hf_sft" / "d3_9tpp"
-    tok = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(repo, torch_dtype=torch.bfloat16,
                                                  trust_remote_code=True)
-    inputs = tok.apply_chat_template([QUESTION], add_generation_prompt=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(chat("Hi"), add_generation_prompt=True,
+                                           return_tensors="pt")
     n, more = inputs.shape[1], dict(max_new_tokens=8, do_sample=False)
     free = model.generate(inputs, eos_token_id=None, **more)[0]
     with torch.no_grad():                                   # the stop token wins where this one did
@@ -3262,63 +2726,52 @@ def test_the_cards_snippet_generates_up_to_the_stop_token(exported):
     assert len(free) == n + 8 and out[-1] == HF_STOP and len(out) <= n + 4
 
 
+# ==== Bad use of a command is one clear line ======================================================
+
+@pytest.mark.parametrize("command, words", [
+    ("tok --vocab 400", "--vocab"), ("tok --workers 0", "'0'"), ("tok more", "more"),
+    ("tok --max-chars 1e9", "'1e9'"), ("tok --vocab-size 264", "give 265 to 65536"),
+    ("tok --data-dir /nowhere --out-dir new", "shard_*.parquet|pretrain.py --fetch 8"),
+    ("tok --out-dir new --vocab-size 9999 --workers 1", "too few|give --vocab-size|or less"),
+    ("demo raport", "raport"), ("demo --seeds 0", "--seeds 0"), ("demo --steps nan", "--steps"),
+    ("pretrain --drope 150", "--drope 150|0 to 99"), ("pretrain --depth 0", "--depth 0|1 to 99"),
+    ("pretrain --tpp nan", "--tpp|--help"), ("pretrain --fetch 0", "--fetch 0|above 0"),
+    ("pretrain --dept 3", "unrecognized|--dept"), ("pretrain --tag ../x", "--tag|folder's name"),
+    ("pretrain --tag d9_9tpp --depth 18", "--tag d9_9tpp|--depth 18"),
+    ("pretrain --tag d9_9tpp_drope_50 --drope 25", "--tag d9_9tpp_drope_50|--drope 25"),
+    ("pretrain --tag d18_9.0tpp", "written d18_9tpp"), ("pretrain --tag d18", "a tag is like d18_"),
+    ("pretrain --tag d18_9tpp_long", "written d18_9tpp"), ("pretrain --keep 150", "below 100"),
+    ("pretrain --total-batch-size 5000", "5000|max_seq_len|take 4096"),
+    ("pretrain --tpp 0.001", "--tpp 0.001|0 steps"), ("pretrain --tpp 50000", "--tpp 50000|9999"),
+    ("pretrain --data-dir /nowhere", "/nowhere|shard_06542.parquet"),
+    ("pretrain --tokenizer-dir /nowhere", "/nowhere|tok.py"),
+    ("sft --tag", "--tag|--help"), ("sft --tag mistyped", "no base model|run_all.sh mistyped"),
+    ("sft --tag x --total-batch-size 1000", "multiple of max_seq_len x processes = 4096 x 1"),
+    ("sft --max-seq-len 64k", "--max-seq-len"), ("sft --spelling-rows -5", "--spelling-rows -5"),
+    ("sft --init-lr-frac nan", "--init-lr-frac nan"), ("sft --spelling 5", "unrecognized"),
+    ("sft --tag x --check --skip mlu", "--skip mlu: the sources are"),
+    ("sft --tag x --check --identity BAD", "BAD: line 2: it ends before an answer"),
+    ("sft --tag x --check --words BAD", "BAD: a word list has words of the letters a-z"),
+    ("sft --tag x --check --conversations .", "no file|--conversations X.jsonl takes X.jsonl"),
+    ("eval", "which tag"), ("eval --quick t --sead 1", "unrecognized"),
+    ("eval nothing", "no checkpoint in"), ("eval --table t", "t is not evaluated"),
+    ("eval --chat nothing", "export_hf.py --tag nothing"), ("export_hf", "--tag"),
+    ("export_hf --tag ../d3", "--tag"), ("export_hf --tag d4_9tpp", "d4_9tpp|run_all.sh"),
+    ("export_hf --tag x --stage rl", "base, sft or all"), ("export_hf --pull x", "USER/nanochat-d"),
+    ("export_hf --tag x --push me/you", "me/you"), ("export_hf --all", "--all|--push"),
+    ("export_hf --pull me/nanochat-d3-9tpp --push me", "--pull"),
+    ("export_hf --tag x --dry-run", "--dry-run|--push")])
+def test_bad_use(tiny_base, tmp_path, monkeypatch, refused, command, words):
+    base, (name, *args) = share(tiny_base, tmp_path), command.split()
+    (tmp_path / "BAD").write_text(json.dumps(chat("a", "b")) + "\n" + json.dumps(chat("a")))
+    monkeypatch.chdir(tmp_path)
+    if name == "pretrain":
+        args += ["--dataset", "local"]
+    refused(sys.modules[name], args, words.split("|"), base)
+    assert not [path for path in tmp_path.rglob("*.*") if path.suffix]      # nothing was written
+
+
 # ==== run_all.sh: the whole way of a model ========================================================
-
-CHAIN = "d1_0.083tpp_drope_50"                              # 20 steps of 1,024 tokens
-
-
-@pytest.fixture(scope="session")
-def tiny_chain(tiny_base, tmp_path_factory):
-    """A base folder with a model that went all the way: d1 with RoPE for 10 of 20 steps, fine-tuned
-    at twice the length (a _long tag), exported."""
-    base = share(tiny_base, tmp_path_factory.mktemp("chain") / "base")
-    lines = [json.dumps([{"role": "user", "content": f"What is {i}?"},
-                         {"role": "assistant", "content": f"A number, {i}."}]) + "\n"
-             for i in range(60)]
-    for name in ("c.jsonl", "c_val.jsonl"):
-        (base / name).write_text("".join(lines))
-    (base / "words.txt").write_text("apple\npear\nplum\n")
-    sizes = ("--total-batch-size", 1024, "--eval-tokens", 2048)
-    for name, args in (
-            ("pretrain.py", ("--tag", CHAIN, "--dataset", "local", "--max-seq-len", 64,
-                             "--eval-sample", 1024, "--matrix-lr", 0.2, "--embedding-lr", 3)),
-            ("sft.py", ("--tag", f"{CHAIN}_long", "--conversations", base / "c.jsonl",
-                        "--words", base / "words.txt", "--spelling-rows", 20, "--bee-rows", 10,
-                        "--max-seq-len", 128)),
-            ("export_hf.py", ("--tag", f"{CHAIN}_long"))):
-        result = script(name, *args, *(sizes if name != "export_hf.py" else ()), base=base)
-        assert result.returncode == 0, result.stderr
-    return base
-
-
-def test_rope_stays_off_from_checkpoint_to_fine_tuning_to_both_exports(tiny_chain):
-    for stage, tag, export in (("base_checkpoints", CHAIN, "hf_base"),
-                               ("chatsft_checkpoints", f"{CHAIN}_long", "hf_sft")):
-        ours, meta = M.load_model(tiny_chain / stage / tag)
-        assert meta["finished"] and meta["loop_state"]["use_rope"] is ours.use_rope is False
-        folder = tiny_chain / export / tag
-        assert json.loads((folder / "config.json").read_text())["use_rope"] is False
-        ours.load_state_dict({k: v.bfloat16().float() for k, v in ours.state_dict().items()})
-        theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True,
-                                                      dtype=torch.float32)
-        ids = torch.randint(0, ours.config.vocab_size, (2, 90))
-        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
-        ours.use_rope = True
-        assert (theirs(ids).logits - ours(ids)).abs().max() > 1e-3      # it would be noticed
-
-
-def test_status_says_how_far_each_tag_is(tiny_chain, monkeypatch, capsys):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tiny_chain))
-    ev.status()
-    base, base_said, chat, chat_said = capsys.readouterr().out.splitlines()
-    assert base.endswith(f"base_checkpoints/{CHAIN}, exported")
-    assert re.sub(r"\d\.\d{3}\b", "X", base_said.strip()) == (
-        "finished at step 20, bits per byte X -> X, RoPE dropped at 10: X with it, X without")
-    assert chat.endswith(f"/{CHAIN}_long, exported")
-    assert re.fullmatch(r" +finished at step \d+, .*, RoPE off", chat_said)
-
-
-# ---- The driver, with programs that only take notes ----------------------------------------------
 
 def write_program(path, program):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -3367,7 +2820,7 @@ def calls(folder):
     return text.splitlines()
 
 
-def test_the_plan_of_the_release(clone):
+def test_the_plans_of_the_release_and_of_the_tiny_run(clone):
     folder = clone()
     rows = [line.split() for line in driver(folder, "release --dry-run").stdout.splitlines()]
     plan = {row[0]: row[1:] for row in rows if "_" in row[0]}
@@ -3379,30 +2832,24 @@ def test_the_plan_of_the_release(clone):
     assert sum("from scratch" in row for row in said) == 5
     assert sum("from step" in row for row in said) == 9
     assert sum("that of" in row for row in said) == 6       # the _long ones
-    assert not (folder / "out").exists()
-
-
-def test_the_tiny_run_can_be_listed_without_being_run(clone):
-    folder = clone(RECORD)
     result = driver(folder, "--dry-run")
     ran = [line.split()[3] for line in result.stdout.splitlines() if line.startswith("+ ")]
     assert result.returncode == 0 and ran == [
         "demo.py", "tok.py", "pretrain.py", "sft.py", "export_hf.py", "eval.py", "eval.py"]
-    assert not (folder / "calls").exists() and not (folder / "out").exists()
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("words, env, says", [
     ("foo", {}, "'foo' is unknown"), ("d0 9", {}, "depth 1 to 99"), ("d18 9 150", {}, "0 to 99"),
     ("d18 1.2.3 50", {}, "'d18 1.2.3 50'"), ("d18 9 050", {}, "no needless zeros"),
-    ("d18 9.0", {}, "no needless zeros"), ("d18_9tpp d18_20tpp", {}, "is unknown"),
-    ("d" + "9" * 20 + " 9", {}, "depth 1 to 99"), ("tiny foo", {}, "foo"),
-    ("release foo", {}, "'release foo'"), ("release", {"TAGS": "d2_1tpp d2_1"}, "'d2_1'"),
-    ("d2 1 --dry-run fast", {}, "--dry-run fast"), ("chat", {}, "is unknown"),
-    ("d2 1", {"GPUS": "abc"}, "GPUS=abc"), ("d2 1", {"GPUS": 0}, "GPUS=0"),
-    ("d2 1", {"NODES": 2}, "HEAD=host:port")])
+    ("d18_9tpp d18_20tpp", {}, "is unknown"), ("d" + "9" * 20 + " 9", {}, "depth 1 to 99"),
+    ("tiny foo", {}, "foo"), ("release foo", {}, "'release foo'"),
+    ("release", {"TAGS": "d2_1tpp d2_1"}, "'d2_1'"), ("d2 1 --dry-run fast", {}, "--dry-run fast"),
+    ("d2 1", {"GPUS": "abc"}, "GPUS=abc"), ("d2 1", {"NODES": 2}, "HEAD=host:port")])
 def test_the_driver_refuses(clone, words, env, says):
     folder = clone(RECORD)
-    one_line(driver(folder, words, **env), says)
+    result = driver(folder, words, **env)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and says in result.stderr
     assert not (folder / "calls").exists()
 
 
@@ -3443,10 +2890,9 @@ def test_how_several_processes_and_machines_are_started(clone):
     assert torchrun.format(1, 8) + " --standalone sft.py --tag d2_1tpp" in calls(folder)
     driver(folder, "d2 1", NODES=2, HEAD="one:29500", NODE_RANK=1)  # only trains
     ran = [line for line in calls(folder) if ".py" in line]
-    assert len(ran) == 2
-    for line, stage in zip(ran, ("pretrain.py", "sft.py")):
-        assert line.startswith(f"{torchrun.format(2, 1)} {meet}")
-        assert "is_host=0" in line and stage in line
+    assert ["pretrain.py" in ran[0], "sft.py" in ran[1], len(ran)] == [True, True, 2]
+    assert all(line.startswith(f"{torchrun.format(2, 1)} {meet}") for line in ran)
+    assert all("is_host=0" in line for line in ran)
     driver(folder, "d2 1", SLURM_NNODES=2, SLURM_JOB_NODELIST="a", SLURM_GPUS_ON_NODE=4)
     ran = [line for line in calls(folder) if line.startswith("srun")]
     assert len(ran) == 2 and all(f"{torchrun.format(2, 4)} {meet}" in line for line in ran)
@@ -3454,21 +2900,16 @@ def test_how_several_processes_and_machines_are_started(clone):
 
 def test_the_clone_that_runs_is_the_one_of_the_script(clone, tmp_path):
     """But Slurm runs a copy of the script, in the folder where it was submitted."""
-    ours, other, spool = clone(RECORD), clone(RECORD, "other"), tmp_path / "spool"
-    spool.mkdir()
-    shutil.copy(ours / "run_all.sh", spool)
-    subprocess.run(["bash", ours / "run_all.sh", "demo"], cwd=other, env=driver_env())
-    assert calls(ours) == ["python demo.py"] and not (other / "calls").exists()
-    subprocess.run(["bash", spool / "run_all.sh", "demo"], cwd=other, env=driver_env())
-    assert calls(other) == ["python demo.py"]
-    one_line(driver(spool, "demo"), "folder of the repository")
+    ours, other = clone(RECORD), clone(RECORD, "other")
+    shutil.copy(ours / "run_all.sh", tmp_path)
+    for folder, expected in ((ours, ours), (tmp_path, other)):
+        subprocess.run(["bash", folder / "run_all.sh", "demo"], cwd=other, env=driver_env())
+        assert calls(expected) == ["python demo.py"]
 
 
-# ---- A request to stop ---------------------------------------------------------------------------
-
-def wait_for_lines(path, n, seconds=15):
+def wait_for(path, lines, seconds=15):
     end = time.time() + seconds
-    while not path.exists() or path.read_text().count("\n") < n:
+    while not path.exists() or path.read_text().count("\n") < lines:
         assert time.time() < end, f"{path} does not come"
         time.sleep(0.02)
 
@@ -3494,10 +2935,10 @@ def test_the_driver_passes_signals_on(clone, sent, passed_on, requeued):
     env = driver_env(SLURM_JOB_ID=7, INTS=len(sent))
     process = subprocess.Popen(["bash", "run_all.sh", "demo"], cwd=folder, text=True,
                                stderr=subprocess.PIPE, env=env)
-    wait_for_lines(folder / "started", 1)
+    wait_for(folder / "started", 1)
     for i, name in enumerate(sent):
         process.send_signal(signal.Signals["SIG" + name])
-        wait_for_lines(folder / "signals", i + 1)
+        wait_for(folder / "signals", i + 1)
     assert "the same command resumes" in process.communicate(timeout=60)[1]
     assert process.returncode == 75 and (folder / "signals").read_text() == passed_on
     assert (folder / "scontrol").exists() == requeued
@@ -3509,182 +2950,84 @@ def test_a_signal_reaches_the_machines_of_a_slurm_job(clone):
     folder = clone(STAGE)
     env = driver_env(SLURM_JOB_ID=7, SLURM_NNODES=2, SLURM_JOB_NODELIST="one,two")
     process = subprocess.Popen(["bash", "run_all.sh", "d2", "1"], cwd=folder, env=env)
-    wait_for_lines(folder / "started", 1)
+    wait_for(folder / "started", 1)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75 and (folder / "scancel").read_text() == "--signal TERM 7\n"
     assert (folder / "scontrol").read_text() == "show hostnames one,two\nrequeue 7\n"
-
-
-@pytest.fixture
-def two_hosts():
-    """[(name, address)] of two network namespaces with a cable between them."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces take root, and iproute2")
-    hosts = [(f"test-{os.getpid()}-{i}", f"10.77.0.{i + 1}") for i in (0, 1)]
-
-    def ip(words):
-        return subprocess.run(["ip", *words.split()], capture_output=True).returncode
-    try:
-        if any(ip(f"netns add {name}") for name, _ in hosts):
-            pytest.skip("no network namespaces here")
-        ip(f"link add eth0 netns {hosts[0][0]} type veth peer name eth0 netns {hosts[1][0]}")
-        for name, address in hosts:
-            ip(f"-n {name} addr add {address}/24 dev eth0")
-            ip(f"-n {name} link set eth0 up")
-            ip(f"-n {name} link set lo up")
-        yield hosts
-    finally:
-        for name, _ in hosts:
-            ip(f"netns del {name}")
-
-
-@pytest.mark.slow
-def test_two_machines_and_the_death_of_one(two_hosts, tiny_base, tmp_path):
-    """When one dies, the other ends at once; both resume, and the losses are those of one."""
-    base, first = share(tiny_base, tmp_path / "base"), two_hosts[0][1]
-    args = ["--depth", 1, "--tpp", 0.244, "--dataset", "local", "--max-seq-len", 64,
-            "--total-batch-size", 1024, "--eval-tokens", 2048, "--eval-sample", 1024,
-            "--save-every", 5, "--tag"]
-
-    def start_both():
-        processes = []
-        for rank, (name, address) in enumerate(two_hosts):
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run",
-                       "--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint",
-                       f"{first}:29500", "--local-addr", address, "--rdzv-conf",
-                       f"is_host={1 - rank}", HERE / "pretrain.py", *args, "two"]
-            with open(tmp_path / f"log{rank}", "a") as log:
-                processes.append(subprocess.Popen(
-                    list(map(str, command)), stdout=log, stderr=log,
-                    env=user_env(base, {"GLOO_SOCKET_IFNAME": "eth0"})))
-        return processes
-
-    survivor, victim = start_both()
-    wait_for_lines(base / "base_checkpoints" / "two" / "meta_000005.json", 1, 120)
-    pids = subprocess.run(["ip", "netns", "pids", two_hosts[1][0]], capture_output=True).stdout
-    for pid in pids.split():
-        os.kill(int(pid), signal.SIGKILL)
-    assert survivor.wait(60) not in (0, 75) and victim.wait()
-    assert [process.wait(300) for process in start_both()] == [0, 0]
-    assert "resuming from step" in "".join((tmp_path / f"log{i}").read_text() for i in (0, 1))
-    result, losses = script("pretrain.py", *args, "one", base=base), []
-    assert result.returncode == 0, result.stderr
-    for tag in ("one", "two"):
-        lines = (base / "base_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()
-        losses.append([record["loss"] for record in map(json.loads, lines) if "loss" in record])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # ==== README.md and the rules of this repository ==================================================
 
 SCRIPTS = ("model", "muon", "tok", "demo", "pretrain", "sft", "eval", "export_hf",
            "modeling_nanochat")
+COPYABLE = ("model", "muon", "tok", "modeling_nanochat")
 README = (HERE / "README.md").read_text()
 
 
-def test_lines_have_100_columns():
-    files = [*HERE.glob("*.py"), HERE / "run_all.sh", HERE / "README.md"]
-    wide = [f"{path.name}:{number}" for path in files
+def test_lines_have_100_columns_and_no_name_is_unused_or_undefined():
+    wide = [f"{path.name}:{number}"
+            for path in [*HERE.glob("*.py"), HERE / "run_all.sh", HERE / "README.md"]
             for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
     assert not wide
+    ruff = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache",
+                           "--select", "F", *HERE.glob("*.py")], capture_output=True, text=True)
+    assert ruff.returncode == 0, ruff.stdout
 
 
-def imported_by(name):
-    """The first words of all modules that a script imports, wherever it does."""
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_code_is_shared_through_model_and_muon_only(name, tmp_path):
+    """So some files work when they are copied alone."""
     names = set()
     for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.split(".")[0])
-    return names
+    assert names & set(SCRIPTS) <= (set() if name in COPYABLE else {"model", "muon"})
+    if name in COPYABLE:
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+        subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_code_is_shared_through_model_and_muon_only(name):
-    copyable = name in ("model", "muon", "tok", "modeling_nanochat")
-    assert imported_by(name) & set(SCRIPTS) <= (set() if copyable else {"model", "muon"})
-
-
-COPIED = """
-import importlib, sys
-for name in ("model", "muon", "tok", "modeling_nanochat"):
-    sys.path.insert(0, f"{sys.argv[1]}/{name}")
-    importlib.import_module(name)
-    sys.path.pop(0)
-    del sys.modules[name]
-"""
-
-
-def test_copied_alone_into_an_empty_folder_a_file_works(tmp_path):
-    for name in ("model", "muon", "tok", "modeling_nanochat"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.py").write_bytes((HERE / f"{name}.py").read_bytes())
-    result = subprocess.run([sys.executable, "-c", COPIED, str(tmp_path)], cwd=tmp_path,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def test_no_name_is_unused_or_undefined():
-    result = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache",
-                             "--select", "F", *HERE.glob("*.py")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-
-
-def test_the_links_of_the_readme_lead_somewhere_and_it_names_every_file():
+def test_the_readme_names_every_file_and_the_tags_of_the_driver():
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert all((HERE / link).exists() for link in links if not link.startswith("https://"))
     assert {f"{name}.py" for name in SCRIPTS} | {"run_all.sh", "test_all.py"} <= set(links)
-
-
-def test_the_tags_of_the_readme_are_those_of_the_driver():
     driver = (HERE / "run_all.sh").read_text()
     tags = re.search(r'TAGS="\$\{TAGS:-(.*?)\}"', driver, re.S)[1].split()
     table = README[README.index("## The 20 tags"):README.index("## Using an export")]
     assert len(tags) == 20 and set(re.findall(r"\bd\d\d_\w+", table)) == set(tags)
 
 
-def commands_of_the_readme():
-    """What a reader types: the indented lines, without their comments."""
+def test_the_commands_of_the_readme(clone):
+    """Those that only plan or list are run; of the others' words the driver makes a plan. Each
+    option of a script is a field of its Config, or stands in its text as --option."""
     lines = re.findall(r"^    ((?:bash|sbatch|source|python|torchrun) .*)$", README, re.M)
-    return [re.sub(r"\s+#.*", "", line) for line in lines]
-
-
-def test_the_options_in_the_readme_exist():
-    """Each script's options are the fields of its Config, or stand in its text as --option."""
-    checked = 0
-    for command in commands_of_the_readme():
-        for name, words in re.findall(r"(\w+)\.py(.*)", command):
-            module = {"eval": ev, "pretrain": pretrain, "sft": sft, "demo": demo,
-                      "export_hf": export_hf}.get(name)
-            known = {field.name for field in fields(module.Config)} if module else ()
-            for option in re.findall(r"--([\w-]+)", words):
-                text = (HERE / f"{name}.py").read_text()
+    said, checked = {}, 0
+    for command in lines:
+        command = re.sub(r"\s+#.*", "", command)
+        words = re.match(r"(?:bash|sbatch -p gpu --time \S+) run_all\.sh (status|d\d.*)", command)
+        if words:
+            plan = words[1] if re.search("status|--dry-run", words[1]) else words[1] + " --dry-run"
+            said[command] = driver(clone(name=str(len(said))), plan)
+        for name, options in re.findall(r"(\w+)\.py(.*)", command):
+            text = (HERE / f"{name}.py").read_text()
+            config = getattr(sys.modules[name], "Config", None)
+            known = {field.name for field in dataclasses.fields(config)} if config else set()
+            for option in re.findall(r"--([\w-]+)", options):
                 assert option.replace("-", "_") in known or f'"--{option}"' in text, command
                 checked += 1
-    assert checked >= 8
-
-
-def test_the_commands_of_the_readme_go_through_the_driver(clone):
-    """Those that only plan or list are run; the words of the others are checked in the same way."""
-    said = {}
-    for command in commands_of_the_readme():
-        words = re.match(r"(?:bash|sbatch) run_all\.sh ?(.*)", command)
-        if words and words[1].startswith("d"):
-            plan = words[1] if "--dry-run" in words[1] else words[1] + " --dry-run"
-            said[command] = driver(clone(name=str(len(said))), plan)
-        elif words and words[1] == "status":
-            said[command] = driver(clone(name="status"), "status")
-    assert len(said) >= 4 and all(result.returncode == 0 for result in said.values()), said
+    assert checked >= 8 and len(said) >= 5
+    assert all(result.returncode == 0 for result in said.values()), said
     assert "2,784" in said["bash run_all.sh d18 9 50 --dry-run"].stdout
 
 
-def test_the_python_of_the_readme_runs(tiny_chain, capsys):
+def test_the_python_of_the_readme_runs(exported, capsys):
     """The code in the first block is the recipe; the second answers, from any export."""
     recipe, usage = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "model.use_rope = False" in recipe and ast.parse(recipe)
-    export = tiny_chain / "hf_sft" / f"{CHAIN}_long"
-    code, replaced = re.subn(r'^folder = ".*"$', f"folder = {str(export)!r}", usage, flags=re.M)
+    folder = str(exported / "hf_sft" / "d3_9tpp")
+    code, replaced = re.subn(r'^folder = ".*"$', f"folder = {folder!r}", usage, flags=re.M)
     assert replaced == 1
     exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=4"), "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith("\n")
@@ -3694,17 +3037,7 @@ def test_the_python_of_the_readme_runs(tiny_chain, capsys):
 
 gpu = pytest.mark.skipif(not Path("/proc/driver/nvidia/version").exists(),
                          reason="there is no NVIDIA GPU")
-
-
-def on_gpu(*command, base="out"):
-    """Runs Python in a process that may see the GPUs; returns its output."""
-    env = user_env(base, {"CUDA_VISIBLE_DEVICES": VISIBLE or "0,1"})
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                            env=env, cwd=HERE, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
+ON_GPU = {"CUDA_VISIBLE_DEVICES": VISIBLE}
 FLOAT8 = """
 import torch, model as M
 torch.manual_seed(0)
@@ -3721,43 +3054,30 @@ for cpu, cuda in zip(*results):
 
 
 @gpu
-def test_gpu_float8_equals_its_emulation():
-    on_gpu("-c", "import torch; assert torch.cuda.get_device_capability() >= (8, 9), 'too old'")
-    on_gpu("-c", FLOAT8)
-
-
-def losses_of_a_gpu_run(base, tag, *more, launcher=()):
-    args = [*TINY, "--tpp", STEPS_20, "--drope", 50, "--tag", tag, *more]
-    on_gpu(*launcher, HERE / "pretrain.py", *args, base=base)
-    return torch.tensor(losses(base / "base_checkpoints" / tag))
+def test_gpu_float8_equals_its_emulation(tmp_path):
+    (tmp_path / "float8.py").write_text(FLOAT8)
+    script(tmp_path / "float8.py", base=tmp_path, env=ON_GPU)
 
 
 @gpu
-def test_gpu_a_compiled_run_has_the_losses_of_the_run_on_a_cpu(tiny_base, drope_run, tmp_path):
-    """bfloat16 against float32, 20 steps, the switch at 10."""
-    base = share(tiny_base, tmp_path / "gpu")
-    cpu = torch.tensor(losses(drope_run))
-    for tag, compile in (("eager", 0), ("compiled", 1)):
-        torch.testing.assert_close(losses_of_a_gpu_run(base, tag, "--compile", compile), cpu,
-                                   rtol=0.02, atol=0.02)
+def test_gpu_a_run_has_the_losses_of_the_run_on_a_cpu(tiny_base, drope_run, tmp_path):
+    """bfloat16 against float32, 20 steps, the switch at 10; two processes where there are GPUs."""
+    base, runs = share(tiny_base, tmp_path / "gpu"), {"eager": (0, 0), "compiled": (1, 0)}
+    if "," in VISIBLE and Path("/dev/nvidia1").exists():
+        runs["two"] = (0, 2)
+    for tag, (compile, processes) in runs.items():
+        script("pretrain.py", *DROPE, "--tag", tag, "--compile", compile, base=base, env=ON_GPU,
+               processes=processes)
+        got = losses(base / "base_checkpoints" / tag)
+        assert got == pytest.approx(losses(drope_run), rel=0.02), tag
 
 
 @gpu
 def test_gpu_attention_is_a_fused_kernel(tmp_path):
-    out = on_gpu("pretrain.py", "--bench", "--depth", 2, "--total-batch-size", 65536, base=tmp_path)
-    record = json.loads(out)
+    said = script("pretrain.py", "--bench", "--depth", 2, "--total-batch-size", 65536,
+                  base=tmp_path, env=ON_GPU)
+    record = json.loads(said[said.index("{"):].splitlines()[0])
     assert record["attention"] in ("CUDNN_ATTENTION", "FLASH_ATTENTION") and record["mfu"] > 0
-
-
-@gpu
-def test_gpu_two_processes_with_nccl_see_the_same_losses(tiny_base, tmp_path):
-    count = int(on_gpu("-c", "import torch; print(torch.cuda.device_count())"))
-    if count < 2:
-        pytest.skip("there is one GPU only")
-    base = share(tiny_base, tmp_path / "gpu")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    torch.testing.assert_close(losses_of_a_gpu_run(base, "two", launcher=launcher),
-                               losses_of_a_gpu_run(base, "one"), rtol=0.02, atol=0.02)
 
 
 # ==== Benchmarks: python test_all.py -m bench -s. One line each; nothing is asserted of times =====
@@ -3782,8 +3102,7 @@ def library(tmp_path_factory):
 @pytest.mark.bench
 def test_bench_tok_against_rustbpe(library):
     import rustbpe
-    texts = pq.read_table(library)["text"].to_pylist()
-    made = {}
+    texts, made = pq.read_table(library)["text"].to_pylist(), {}
 
     def rust():
         made["rust"] = rustbpe.Tokenizer()
@@ -3792,7 +3111,6 @@ def test_bench_tok_against_rustbpe(library):
     def ours():
         counts = tok.count_chunks([library], 10 ** 12, 10 ** 6, 1)[0]
         made["ours"] = tok.train(counts, 20_000 - 256)
-
     theirs, mine = best_of(3, rust, ours)
     assert made["ours"] == [bytes(token) for token, _ in made["rust"].get_mergeable_ranks()]
     print(f"\ntok.py / rustbpe: {mine / theirs:.2f} ({mine:.1f} s, {theirs:.1f} s), same tokens")
@@ -3808,67 +3126,34 @@ def test_bench_packing_against_tiktoken(library, tok_made):
         rows = pretrain.PackedRows(shards, shards.names, enc, 4097, epochs=1)
         while rows.next_row() is not None:
             pass
-
     alone, mine = best_of(3, lambda: enc.encode_ordinary_batch(texts, num_threads=4), packed)
     print(f"\nreading, tokenizing and packing / tokenizing alone: {mine / alone:.2f}")
 
 
-class PlainBlock(torch.nn.Module):
-    """A block of the model as one writes it in plain PyTorch."""
-
-    def __init__(self, C, hidden, n_head):
-        super().__init__()
-        self.qkv, self.proj = torch.nn.Linear(C, 3 * C, False), torch.nn.Linear(C, C, False)
-        self.up = torch.nn.Linear(C, 2 * hidden, False)     # gate and up in one
-        self.down = torch.nn.Linear(hidden, C, False)
-        self.n_head = n_head
-
-    def forward(self, x, cos, sin):                         # (B, T, C)
-        B, T, C = x.shape
-        qkv = self.qkv(F.rms_norm(x, (C,))).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # (B, n_head, T, head_dim) each
-        q, k = (F.rms_norm(self.rotate(z, cos, sin), (z.size(-1),)) for z in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        gate, up = self.up(F.rms_norm(x, (C,))).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
-
-    @staticmethod
-    def rotate(x, cos, sin):
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
-
-
 @pytest.mark.bench
 def test_bench_step_against_plain_pytorch():
-    """Of 4 layers, width 256, 4 rows of 256 tokens, on one core, not compiled. The optimizer's work
-    does not grow with the batch, which is 1,024 tokens here."""
+    """The same model in plain PyTorch is modeling_nanochat.py's. Of 4 layers, width 256, 4 rows of
+    256 tokens, on one core, not compiled. The optimizer's work does not grow with the batch."""
     config = M.GPTConfig(256, 4096, 4, 2, 2, 256)
     model = M.GPT(config)
     model.init_weights()
     optimizer = muon.build_optimizer(model)
-    hidden = model.transformer.h[0].mlp.w_up.weight.size(0)
-    blocks = torch.nn.ModuleList(PlainBlock(256, hidden, 2) for _ in range(4))
-    embedding, head = torch.nn.Embedding(4096, 256), torch.nn.Linear(256, 4096, False)
-    plain = torch.optim.AdamW([*blocks.parameters(), *embedding.parameters(), *head.parameters()])
-    cos, sin = M.rotary_tables(256, 128, "cpu")
+    plain = hf.NanoChatForCausalLM(hf.NanoChatConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=config.intermediate_size,
+        num_hidden_layers=4, num_attention_heads=2))
+    adamw = torch.optim.AdamW(plain.parameters())
     ids = torch.randint(0, 4096, (4, 257))
     x, y = ids[:, :-1], ids[:, 1:]
 
     def plain_gradients():
-        plain.zero_grad()
-        z = embedding(x)
-        for block in blocks:
-            z = block(z, cos, sin)
-        logits = 15 * torch.tanh(head(F.rms_norm(z, (256,))).float() / 15)
-        F.cross_entropy(logits.view(-1, 4096), y.reshape(-1)).backward()
+        adamw.zero_grad()
+        F.cross_entropy(plain(x, use_cache=False).logits.flatten(0, 1), y.flatten()).backward()
 
     def our_gradients():
         optimizer.zero_grad()
         model(x, y).backward()
-
     plain_seconds, ours = best_of(15, plain_gradients, our_gradients)
-    adamw_seconds, muon_seconds = best_of(15, plain.step, optimizer.step)
+    adamw_seconds, muon_seconds = best_of(15, adamw.step, optimizer.step)
     whole = (ours + muon_seconds) / (plain_seconds + adamw_seconds)
     print(f"\nforward and backward / plain PyTorch's: {ours / plain_seconds:.2f}; with the "
           f"optimizer, Muon / AdamW: {whole:.2f}")
@@ -3889,20 +3174,19 @@ print(peak() - before)
 
 
 @pytest.mark.bench
-def test_bench_memory_of_the_loss():
+def test_bench_memory_of_the_loss(tmp_path):
     """Forward and backward at 32,768 ids, 4,096 tokens."""
-    peak = {}
-    for name, loss in (("plain", "F.cross_entropy(model(ids)[0], ids[0])"),
-                       ("ours", "model(ids, ids, chunk=512)")):
-        result = subprocess.run([sys.executable, "-c", PEAK.format(loss=loss)], text=True, cwd=HERE,
-                                capture_output=True, check=True)
-        peak[name] = int(result.stdout)
-    assert 0 < peak["ours"] < 0.5 * peak["plain"]
-    print(f"\nmemory of the loss: {peak['ours']} MB in chunks, {peak['plain']} MB at once")
+    peak = []
+    for loss in ("F.cross_entropy(model(ids)[0], ids[0])", "model(ids, ids, chunk=512)"):
+        (tmp_path / "peak.py").write_text(PEAK.format(loss=loss))
+        peak.append(int(script(tmp_path / "peak.py", base=tmp_path)))
+    plain, ours = peak
+    assert 0 < ours < 0.5 * plain
+    print(f"\nmemory of the loss: {ours} MB in chunks, {plain} MB at once")
 
 
 @pytest.mark.bench
-def test_bench_share_of_the_loop(tiny_base, monkeypatch):
+def test_bench_share_of_the_loop(tiny_base, monkeypatch, run_here, capsys):
     """The part of a pretraining run's steps that is neither forward, backward nor optimizer."""
     spent = []
 
@@ -3913,19 +3197,15 @@ def test_bench_share_of_the_loop(tiny_base, monkeypatch):
             spent.append(time.perf_counter() - began)
             return result
         return wrapper
-
     monkeypatch.setattr(pretrain, "accumulate_gradients", timed(pretrain.accumulate_gradients))
     monkeypatch.setattr(muon.MuonAdamW, "step", timed(muon.MuonAdamW.step))
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tiny_base))
-    monkeypatch.setattr(sys, "argv", [
-        "pretrain.py", "--depth", "4", "--dataset", "local", "--max-seq-len", "256", "--tag",
-        "share", "--total-batch-size", "4096", "--tpp", "0.03", "--eval-every", "1000",
-        "--eval-tokens", "1024", "--save-every", "1000"])
-    with contextlib.redirect_stdout(io.StringIO()):
-        pretrain.main()
+    run_here(pretrain, [*TINY, "--depth", 4, "--max-seq-len", 256, "--total-batch-size", 4096,
+                        "--tpp", 0.03, "--eval-every", 1000, "--save-every", 1000, "--tag",
+                        "share"], tiny_base)
     lines = (tiny_base / "base_checkpoints" / "share" / "metrics.jsonl").read_text().splitlines()
     total = sum(json.loads(line).get("seconds", 0) for line in lines)
-    print(f"\nof a step outside forward, backward and optimizer: {1 - sum(spent) / total:.1%}")
+    with capsys.disabled():
+        print(f"\nof a step outside forward, backward and optimizer: {1 - sum(spent) / total:.1%}")
 
 
 if __name__ == "__main__":
