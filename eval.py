@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_files, checkpoint_steps, fetch,
-                   file_hash, guard, load_model, load_tokenizer, one_line, parse_config, read_meta,
-                   rotary_tables, setup_env, token_bytes, tokenizer_hash)
+                   file_hash, guard, load_model, load_tokenizer, one_line, parse_config,
+                   read_lines, read_meta, rotary_tables, setup_env, token_bytes, tokenizer_hash)
 
 
 @dataclass
@@ -434,18 +434,6 @@ def places(tag):
             base_dir() / "chatsft_checkpoints" / tag, base_dir() / "hf_sft" / tag]
 
 
-def read_lines(path, *fields):
-    """The records of a .jsonl file, which have these fields; none where there is no file."""
-    try:
-        records = [json.loads(line) for line in path.open()] if path.exists() else []
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not record.keys() >= set(fields):
-                raise ValueError(f"line {number} is no record with {' and '.join(fields)}")
-    except ValueError as e:
-        sys.exit(f"{path} is damaged ({one_line(e)}): delete it, to go on without it")
-    return records
-
-
 class Results:
     """eval.json beside a checkpoint: the sections that are finished, and of what they are. If that
     is another checkpoint, or other texts, all is done again."""
@@ -492,7 +480,11 @@ def status():
             for folder in sorted((base / stage).glob("*")):
                 if checkpoint_steps(folder):
                     exported = (base / export / folder.name / "config.json").exists()
-                    print(f"{folder}{', exported' if exported else ''}\n    {how_far(folder)}")
+                    try:
+                        said = how_far(folder)
+                    except (SystemExit, ValueError, LookupError) as e:
+                        said = f"unclear: {one_line(e)}"
+                    print(f"{folder}{', exported' if exported else ''}\n    {said}")
 
 
 def how_far(folder):

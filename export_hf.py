@@ -22,8 +22,8 @@ import huggingface_hub
 import torch
 
 from model import (GPTConfig, atomic_write, base_dir, checkpoint_files, fetch, file_hash, guard,
-                   load_part, load_tokenizer, lock_file, newest_checkpoint, parse_config, read_meta,
-                   read_use_rope, retry, token_bytes, tokenizer_hash)
+                   load_part, load_tokenizer, lock_file, newest_checkpoint, parse_config,
+                   read_lines, read_meta, read_use_rope, retry, token_bytes, tokenizer_hash)
 
 HERE = Path(__file__).parent
 TAG = r"d\d+_\d+(?:\.\d+)?tpp(?:_drope_\d+)?(?:_long)?"
@@ -222,8 +222,8 @@ def repo_name(user, tag, kind):
 def card(kind, tag, user, found):
     """README.md of a repository: templates/model_card.jinja, filled in. found: as in push()."""
     import jinja2
-    metrics, evaluation = (found["base"].folder / name for name in ("metrics.jsonl", "eval.json"))
-    lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else [])
+    evaluation = found["base"].folder / "eval.json"
+    lines = read_lines(found["base"].folder / "metrics.jsonl")
     try:
         evaluated = json.loads(evaluation.read_text() if evaluation.exists() else "{}")
     except ValueError:

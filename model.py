@@ -493,6 +493,18 @@ def lock_file(path, wait):
     return file
 
 
+def read_lines(path, *fields):
+    """The records of a .jsonl file, which have these fields; none where there is no file."""
+    try:
+        records = [json.loads(line) for line in path.open()] if path.exists() else []
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or not record.keys() >= set(fields):
+                raise ValueError(f"line {number} is no record with {' and '.join(fields)}")
+    except ValueError as e:
+        sys.exit(f"{path} is damaged ({one_line(e)}): delete it, to go on without it")
+    return records
+
+
 # Checkpoints: model_, optim_, loader_ files, then meta_*.json: where that is, the others are whole
 
 def checkpoint_files(folder, step):
@@ -789,6 +801,17 @@ def rows_from_rank_0(rows, env):
 def largest_divisor(n, most):
     """The largest divisor of n that is at most `most`."""
     return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
+
+
+def rows_of_a_step(batch, T, world):
+    """The rows of T tokens in a step of `batch` tokens. Exits unless they are whole, and as many
+    for each process."""
+    rows, rest = divmod(batch, T)
+    if rest or rows % world or rows == 0:
+        nearest = max(1, round(batch / (T * world))) * T * world
+        sys.exit(f"--total-batch-size {batch} must be a multiple of max_seq_len x processes = "
+                 f"{T} x {world}: take {nearest}")
+    return rows
 
 
 def rows_at_a_time(env, rows, T, most=None):

@@ -30,8 +30,8 @@ import torch
 from model import (GPT, FetchError, GPTConfig, Run, accumulate_gradients, atomic_write,
                    attention_kernel, base_dir, bits_per_byte, checkpoint_steps, compile_model,
                    fetch, from_rank_0, guard, load_tokenizer, log_head, newest_checkpoint, one_line,
-                   parse_config, read_meta, retry, rows_at_a_time, set_fp8, setup_env, token_bytes,
-                   tokenizer_hash)
+                   parse_config, read_meta, retry, rows_at_a_time, rows_of_a_step, set_fp8,
+                   setup_env, token_bytes, tokenizer_hash)
 from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
@@ -153,12 +153,7 @@ def derive(cfg, vocab_size):
 
 def check_sizes(cfg, env, derived):
     """The rows of a step. Exits with one line if the sizes do not fit together."""
-    rows, rest = divmod(derived.batch, cfg.max_seq_len)
-    if rest or rows % env.world or rows == 0:
-        unit = cfg.max_seq_len * env.world
-        nearest = max(1, round(derived.batch / unit)) * unit
-        sys.exit(f"--total-batch-size {derived.batch} must be a multiple of max_seq_len x "
-                 f"processes = {cfg.max_seq_len} x {env.world}: take {nearest}")
+    rows = rows_of_a_step(derived.batch, cfg.max_seq_len, env.world)
     if not 1 <= derived.steps < 1_000_000:
         sys.exit(f"--tpp {cfg.tpp:g} at depth {cfg.depth} makes {derived.steps:,} steps of "
                  f"{derived.batch:,} tokens, not 1 to 999,999: change --tpp or --total-batch-size")

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from model import (GPT, FetchError, GPTConfig, Run, accumulate_gradients, atomic_write,
                    attention_kernel, base_dir, bits_per_byte, checkpoint_files, checkpoint_steps,
                    compile_model, fetch, fetch_url, file_hash, from_rank_0, guard, load_tokenizer,
-                   load_weights, log_head, newest_checkpoint, one_line, parse_config,
-                   read_meta, rows_at_a_time, set_fp8, setup_env, token_bytes, tokenizer_hash)
+                   load_weights, log_head, newest_checkpoint, one_line, parse_config, read_meta,
+                   rows_at_a_time, rows_of_a_step, set_fp8, setup_env, token_bytes, tokenizer_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -568,15 +568,6 @@ def set_schedules(optimizer, step, done):
             group["momentum"] = muon_momentum(step)
 
 
-def check_sizes(cfg, env):
-    """The rows of a step. Exits with one line if the sizes do not fit together."""
-    rows, rest = divmod(cfg.total_batch_size, cfg.max_seq_len)
-    if rest or rows % env.world or rows == 0:
-        sys.exit(f"--total-batch-size {cfg.total_batch_size} must be a multiple of max_seq_len x "
-                 f"processes = {cfg.max_seq_len} x {env.world}")
-    return rows
-
-
 def check_files(cfg):
     """One line and exit for a source or a file that will not do. Downloads nothing."""
     names = source_names(cfg)
@@ -651,7 +642,7 @@ def main():
     if not re.fullmatch(r"\w[\w.-]*", cfg.tag):
         sys.exit("which model? --tag d18_9tpp_drope_50, for example: a folder in base_checkpoints")
     env = setup_env(compile=cfg.compile)
-    rows = check_sizes(cfg, env)
+    rows = rows_of_a_step(cfg.total_batch_size, cfg.max_seq_len, env.world)
     if cfg.check:
         return check_files(cfg)
     env.micro = rows_at_a_time(env, rows, cfg.max_seq_len, cfg.device_batch_size)
