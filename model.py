@@ -764,8 +764,8 @@ def attention_kernel(env, config):
     name = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
     hopper = env.device.type == "cuda" and torch.cuda.get_device_capability(env.device)[0] == 9
     if hopper and name != "CUDNN_ATTENTION" and env.rank == 0:
-        print(f"attention is {name}: cuDNN's makes training about 13% faster on this GPU. A newer "
-              "torch has it; TORCH_CUDNN_SDPA_PREFERRED must not be 0", file=sys.stderr)
+        print(f"attention is {name}: cuDNN's is faster on this GPU. A newer torch has it; "
+              "TORCH_CUDNN_SDPA_PREFERRED must not be 0", file=sys.stderr)
     return name
 
 

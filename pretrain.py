@@ -169,8 +169,7 @@ class Shards:
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
         self.revision, self.sha256 = "local", {}
         if cfg.dataset != "local":
-            index = self.index()
-            self.revision, self.sha256 = index["revision"], index["sha256"]
+            self.revision, self.sha256 = self.index()
         names = set(self.sha256) | {path.name for path in self.folder.glob("shard_*.parquet")}
         names = sorted(name for name in names if re.fullmatch(r"shard_\d{5}\.parquet", name))
         if len(names) < 2 or VALIDATION not in names:
@@ -179,7 +178,8 @@ class Shards:
         self.names = [name for name in names if name != VALIDATION]
 
     def index(self):
-        """The hub's listing. It stays in the folder, so that later runs read the same revision."""
+        """(revision, {name: sha256}) of the hub, which stay in the folder: later runs read the same
+        revision."""
         path, dataset = self.folder / "index.json", self.cfg.dataset
         if not path.exists():
             from huggingface_hub import HfApi
@@ -188,11 +188,15 @@ class Shards:
             sha256 = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
             index = dict(dataset=dataset, revision=info.sha, sha256=sha256)
             atomic_write(path, json.dumps(index, indent=0))
-        index = json.loads(path.read_text())
-        if index["dataset"] != dataset:
-            sys.exit(f"{self.folder} holds shards of {index['dataset']}, not of {dataset}: choose "
-                     "another --data-dir")
-        return index
+        try:
+            index = json.loads(path.read_text())
+            there, found = index["dataset"], (index["revision"], index["sha256"])
+        except (ValueError, LookupError, TypeError):
+            sys.exit(f"{path} is damaged: delete it, and it is fetched anew")
+        if there != dataset:
+            sys.exit(f"{self.folder} holds shards of {there}, not of {dataset}: choose another "
+                     "--data-dir")
+        return found
 
     def get(self, name):
         """The path of a shard, once it is there. FetchError after cfg.patience seconds."""

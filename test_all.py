@@ -1342,6 +1342,8 @@ def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, dataset, mend):
     args = [*TINY, "--data-dir", tmp_path, "--tokenizer-dir", tiny_base / "tokenizer", "--dataset"]
     refused(pretrain, [*args, dataset], [f"{bad} cannot be read", mend], tmp_path)
     refused(pretrain, [*args, "x/z"], [str(tmp_path), "of x/y, not of x/z"], tmp_path)
+    (tmp_path / "index.json").write_text('{"dataset": "x/y"')
+    refused(pretrain, [*args, "x/y"], ["index.json is damaged: delete it"], tmp_path)
 
 
 def test_one_run_at_a_time_in_a_folder(half_way, tmp_path, refused):
@@ -1841,9 +1843,10 @@ def test_intervals_and_p_worked_by_hand():
 @pytest.mark.parametrize("remedy", ["ntk", "yarn"])
 def test_a_remedy_changes_only_contexts_beyond_the_training_length(remedy):
     model, ids = random_model(), torch.randint(0, 265, (1, 512))
-    once, long = model(ids[:, :256]), model(ids)
+    half, once, long = model(ids[:, :128]), model(ids[:, :256]), model(ids)
     ev.set_arm(model, remedy)
-    assert torch.equal(model(ids[:, :256]), once) and not torch.allclose(model(ids), long)
+    assert torch.equal(model(ids[:, :128]), half) and torch.equal(model(ids[:, :256]), once)
+    assert not torch.allclose(model(ids), long)
     ev.set_arm(model)
     assert torch.equal(model(ids), long)
     tables = [M.rotary_tables(512, 64, "cpu"), ev.remedied_tables(512, 64, "cpu", 256, remedy)]
@@ -1994,6 +1997,7 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
     assert "is of another checkpoint" in out and out.count("  needle") == 6
     points = [(0, 5), (5, 0.9), (5, 1.4), (5, 5 / 6), (10, 5 / 11)]         # two at the switch
     assert ev.validations(dropped) == (points, 5)
+    assert ev.places("t_drope_50_long")[0] == dropped               # the base model of a long tag
 
 
 @pytest.mark.parametrize("words, says", [
