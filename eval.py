@@ -337,14 +337,14 @@ class Chat:
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt", padding=True).to(self.model.device)
 
-    def generate(self, inputs, new_tokens, streamer=None):
-        """Greedy answers with the tool at hand: the new ids of each row."""
+    def generate(self, inputs, new_tokens, **more):
+        """Greedy answers with the tool at hand: the new ids of each row. more: for transformers."""
         from transformers import LogitsProcessorList
         B, T = inputs["input_ids"].shape
         tool = LogitsProcessorList([PythonTool(self.tokenizer, B)])
         ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False,
-                                  logits_processor=tool, streamer=streamer,
-                                  eos_token_id=self.stop, pad_token_id=self.stop)
+                                  logits_processor=tool, eos_token_id=self.stop,
+                                  pad_token_id=self.stop, **more)
         return ids[:, T:].tolist()
 
     @torch.no_grad()
@@ -418,7 +418,10 @@ def talk(tag, env):
                 row = torch.cat((torch.tensor([ids], device=turn.device).long(), turn), 1)  # (1, T)
                 inputs = dict(input_ids=row, attention_mask=torch.ones_like(row))
                 printer = Printer(chat.tokenizer, skip_prompt=True)
-                ids = row[0].tolist() + chat.generate(inputs, 512, printer)[0]
+                # Evaluations are greedy; here a word that was said becomes a little less likely, or
+                # small models would repeat themselves for ever
+                ids = row[0].tolist() + chat.generate(inputs, 512, streamer=printer,
+                                                      repetition_penalty=1.1)[0]
         except KeyboardInterrupt:                           # question and answer are forgotten
             print()
         except EOFError:
