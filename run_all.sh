@@ -219,7 +219,7 @@ tiny() {
     stage python pretrain.py --tag $tag --dataset local --data-dir "$data" $sizes --save-every 100 \
         --eval-sample 32768 --matrix-lr 0.5 --embedding-lr 2 --unembedding-lr 0.06 --weight-decay 0
     stage python sft.py --tag $tag --conversations "$data/conversations.jsonl" $sizes \
-        --save-every 100 --words "$data/words.txt" --spelling-rows 1000 --bee-rows 500 \
+        --save-every 100 --words "$data/words.txt" --spelling-rows 200 --bee-rows 50 \
         --init-lr-frac 0.05
     stage python export_hf.py --tag $tag
     stage python eval.py $tag --quick
