@@ -118,7 +118,10 @@ def start(name, *args, base, env=None, processes=0):
 def script(*args, status=0, **more):
     """Runs a script to its end, and returns its output, stderr last."""
     with start(*args, **more) as process:
-        out, err = process.communicate(timeout=600)
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
     assert process.returncode == status, err[-3000:]
     return out + err
 
@@ -141,7 +144,10 @@ def run_here(monkeypatch, capsys):
             for lock in Path(base).glob("*_checkpoints/*/.lock"):
                 lock.unlink()                               # the loader's thread still has it
         said = "".join(capsys.readouterr())
-        return (1, f"{said}{code}\n") if isinstance(code, str) else (code, said)
+        if not isinstance(code, str):
+            return code, said
+        assert "\n" not in code                             # what Python prints, ending with 1
+        return 1, f"{said}{code}\n"
     return run
 
 
