@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_files, checkpoint_steps, fetch,
-                   file_hash, guard, load_model, load_tokenizer, one_line, parse_config,
-                   read_lines, read_meta, rotary_tables, setup_env, token_bytes, tokenizer_hash)
+from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_steps, fetch, file_hash, guard,
+                   load_model, load_tokenizer, one_line, parse_config, read_lines, read_meta,
+                   rotary_tables, setup_env, token_bytes, tokenizer_hash, weights_hash)
 
 
 @dataclass
@@ -526,8 +526,8 @@ def evaluate_base(folder, cfg, sizes, env):
     texts = Texts(shard, enc, sizes)
     if not texts.documents or len(texts.documents[0]) < n_train:
         sys.exit(f"{shard} has no document of {n_train} tokens to test on: delete it and run again")
-    weights = checkpoint_files(folder, meta["step"])["model"]
-    key = dict(step=meta["step"], sha256=file_hash(weights), use_rope=model.use_rope,
+    step = meta["step"]
+    key = dict(step=step, sha256=weights_hash(folder, step), use_rope=model.use_rope,
                n_train=n_train, texts=texts.name, sizes=str(sizes))
     results, beyond = Results(folder, cfg.quick, key), [m for m in sizes.contexts if m > 1]
     for remedy in REMEDIES if model.use_rope else ("",):

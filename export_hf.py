@@ -22,8 +22,9 @@ import huggingface_hub
 import torch
 
 from model import (GPTConfig, atomic_write, base_dir, checkpoint_files, fetch, file_hash, guard,
-                   load_part, load_tokenizer, lock_file, newest_checkpoint, parse_config,
-                   read_lines, read_meta, read_use_rope, retry, token_bytes, tokenizer_hash)
+                   hub_hash, load_part, load_tokenizer, lock_file, newest_checkpoint,
+                   parse_config, read_lines, read_meta, read_use_rope, retry, token_bytes,
+                   tokenizer_hash, weights_hash)
 
 HERE = Path(__file__).parent
 TAG = r"d\d+_\d+(?:\.\d+)?tpp(?:_drope_\d+)?(?:_long)?"
@@ -351,9 +352,8 @@ def pull_checkpoint(user, tag, stage, temp):
     with lock:
         here = newest_checkpoint(folder)
         if here == step:
-            url = huggingface_hub.hf_hub_url(repo, files["model"].name)
-            theirs = retry(repo, 60, functools.partial(huggingface_hub.get_hf_file_metadata, url))
-            if theirs.etag == file_hash(files["model"]):
+            theirs = retry(repo, 60, functools.partial(hub_hash, repo, files["model"].name))
+            if theirs == weights_hash(folder, step):
                 return print(f"{folder} is there already: skipped")
         if here is not None:
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")

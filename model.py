@@ -556,6 +556,13 @@ def newest_checkpoint(folder, steps=None):
         print(f"passing over step {step} in {folder}: {problem}", file=sys.stderr)
 
 
+def weights_hash(folder, step):
+    """The sha256 of a checkpoint's weights: that in its meta file, which newest_checkpoint() has
+    compared with the file; or where it has none, as from other code, the file's."""
+    weights = checkpoint_files(folder, step)["model"]
+    return read_meta(folder, step).get("sha256", {}).get(weights.name) or file_hash(weights)
+
+
 def load_part(folder, step, part, device="cpu"):
     """One file ("model", "optim" or "loader") of a checkpoint. Nothing in it is executed."""
     return torch.load(checkpoint_files(folder, step)[part], map_location=device, weights_only=True)
@@ -618,19 +625,24 @@ def retry(name, patience, attempt):
             pause = min(2 * pause, 60.0)
 
 
+def hub_hash(repo_id, filename, **where):
+    """The hash that the hub sends as a file's etag: sha256, or for a small one git's, 40 digits."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    return get_hf_file_metadata(hf_hub_url(repo_id, filename, **where)).etag
+
+
 def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=None, patience=600):
     """Downloads a file of a hub repository to `dest`, unless it is there; returns the path. Beyond
-    what huggingface_hub does, it compares the hub's own hash (for a small file git's, 40 digits),
-    tries again, and downloads a file once when several processes want it. sha256: the hash, if
-    known; the hub also sends it, as the file's etag."""
+    what huggingface_hub does, it compares the hub's own hash, tries again, and downloads a file
+    once when several processes want it. sha256: the hash, if known."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
     where = dict(repo_type=repo_type, revision=revision)
     dest = Path(dest)
     part = dest.parent / ".part" / dest.name        # a folder: huggingface_hub keeps its own files
 
     def attempt():
-        expected = sha256 or get_hf_file_metadata(hf_hub_url(repo_id, filename, **where)).etag
+        expected = sha256 or hub_hash(repo_id, filename, **where)
         got = hf_hub_download(repo_id, filename, local_dir=part, **where)
         damaged = file_hash(got, git=len(expected) == 40) != expected
         if not damaged:

@@ -28,7 +28,8 @@ from model import (GPT, FetchError, GPTConfig, Run, accumulate_gradients, atomic
                    attention_kernel, base_dir, bits_per_byte, checkpoint_files, checkpoint_steps,
                    compile_model, fetch, fetch_url, file_hash, from_rank_0, guard, load_tokenizer,
                    load_weights, log_head, newest_checkpoint, one_line, parse_config, read_meta,
-                   rows_at_a_time, rows_of_a_step, set_fp8, setup_env, token_bytes, tokenizer_hash)
+                   rows_at_a_time, rows_of_a_step, set_fp8, setup_env, token_bytes, tokenizer_hash,
+                   weights_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -601,8 +602,7 @@ def find_base(cfg, enc):
     if missing:
         sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say the learning rates: add "
                  f"user_config.{missing[0]} (pretrain.py --help tells the usual ones)")
-    weights = checkpoint_files(folder, step)["model"]
-    return folder, step, meta.get("sha256", {}).get(weights.name) or file_hash(weights)
+    return folder, step, weights_hash(folder, step)
 
 
 def open_run(cfg, enc, env):

@@ -58,6 +58,18 @@ def small_model(seed=0, n_layer=2, vocab=70, use_rope=True, std=0.2, n_embd=64, 
     return model
 
 
+def watch_rope(monkeypatch, module):
+    """A list to which the models that a script makes from now on add use_rope, at each call."""
+    seen = []
+
+    class Watched(M.GPT):
+        def forward(self, *args, **more):
+            seen.append(self.use_rope)
+            return super().forward(*args, **more)
+    monkeypatch.setattr(module, "GPT", Watched)
+    return seen
+
+
 def write_tokenizer(folder, merges=()):
     """The tokenizer of all tests, in the project's format: id = byte, then merges, then SPECIAL.
     Without merges <|bos|> is 256, <|user_start|> 257 ... and text can be read off the ids."""
@@ -907,14 +919,8 @@ def test_rows_tell_four_facts_and_ask_for_them_and_a_prompt_has_one_right_answer
 def test_drope_is_rope_until_the_switch(monkeypatch):
     """With seed 3, 4 steps each."""
     seen, losses = [], {}
-
-    class Watched(M.GPT):
-        def forward(self, *args, **more):
-            seen[-1].append(self.use_rope)
-            return super().forward(*args, **more)
-    monkeypatch.setattr(demo, "GPT", Watched)
     for arm in ("RoPE", "DroPE 50", "DroPE 75", "NoPE"):
-        seen.append([])
+        seen.append(watch_rope(monkeypatch, demo))
         losses[arm] = demo.train(arm, 3, 4, STREAM)[1]
     assert [sum(flags) for flags in seen] == [4, 2, 3, 0]
     assert all(flags == sorted(flags, reverse=True) and len(flags) == 4 for flags in seen)
@@ -1073,8 +1079,8 @@ TRUNK = pretrain.name_of(1, STEPS_20, None)                 # the tag of such a 
 
 def records(folder):
     """metrics.jsonl without its timings."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")}
+            for line in M.read_lines(folder / "metrics.jsonl")]
 
 
 def losses(folder, key="loss"):
@@ -1664,20 +1670,14 @@ def test_the_optimizer_of_pretraining_goes_on_with_other_schedules(sft_run):
 def test_a_checkpoint_of_the_public_repo_is_fine_tuned_without_rope(
         sft_base, sft_args, run_here, monkeypatch):
     """Its meta knows no tokenizer, hashes, recipe or end; its weights are bfloat16 in part."""
-    seen = set()
-
-    class Watched(M.GPT):
-        def forward(self, *args, **more):
-            seen.add(self.use_rope)
-            return super().forward(*args, **more)
-    monkeypatch.setattr(sft, "GPT", Watched)
+    seen = watch_rope(monkeypatch, sft)
     folder = sft_base / "base_checkpoints" / "drope"
     for field in ("tokenizer", "sha256", "steps", "recipe", "finished"):
         change_meta(folder, 20, lambda meta: meta.pop(field))
     weights = M.load_part(folder, 20, "model")
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"].bfloat16()
     torch.save(weights, folder / "model_000020.pt")
-    assert run_here(sft, sft_args, sft_base)[0] == 0 and seen == {False}
+    assert run_here(sft, sft_args, sft_base)[0] == 0 and set(seen) == {False}
     _, meta = final(sft_base / "chatsft_checkpoints/drope_long")
     assert meta["loop_state"]["use_rope"] is False
 
@@ -3236,8 +3236,8 @@ def test_bench_share_of_the_loop(tiny_base, monkeypatch, run_here, capsys):
     run_here(pretrain, [*TINY, "--depth", 4, "--max-seq-len", 256, "--total-batch-size", 4096,
                         "--tpp", 0.03, "--eval-every", 1000, "--save-every", 1000, "--tag",
                         "share"], tiny_base)
-    lines = (tiny_base / "base_checkpoints" / "share" / "metrics.jsonl").read_text().splitlines()
-    total = sum(json.loads(line).get("seconds", 0) for line in lines)
+    metrics = tiny_base / "base_checkpoints" / "share" / "metrics.jsonl"
+    total = sum(record.get("seconds", 0) for record in M.read_lines(metrics))
     with capsys.disabled():
         print(f"\nof a step outside forward, backward and optimizer: {1 - sum(spent) / total:.1%}")
 
