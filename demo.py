@@ -16,7 +16,7 @@ show how the recipe works, and prove nothing about large models.
 import signal, sys
 if __name__ == "__main__":                                  # Ctrl-C while Python imports
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import ast, hashlib, json, math, multiprocessing, os, re, subprocess, sysconfig, time
+import ast, hashlib, json, math, multiprocessing, os, re, subprocess, sysconfig, threading, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -384,6 +384,17 @@ def draw(results, steps, path):
 
 # ---- The command ---------------------------------------------------------------------------------
 
+def prepare_worker():
+    """A worker leaves Ctrl-C to its parent, and ends when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def demonstrate(config, base):
     """Trains and evaluates all arms, each in a process of its own, and shows what came out."""
     start, data, out = time.time(), write_corpus(base / "data" / "demo"), base / "demo"
@@ -400,9 +411,8 @@ def demonstrate(config, base):
     workers = min(len(jobs), os.cpu_count() or 1)
     print(f"{len(jobs)} models, {sum(job[-1].exists() for job in jobs)} of them finished before, "
           f"{config.steps * ROWS * T / 1e6:.2f} million tokens each", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # leaves the with block, which ends
-    ignore = (signal.SIGINT, signal.SIG_IGN)                    # the workers
-    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore) as pool:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # leaves the with block: its end is
+    with multiprocessing.get_context("spawn").Pool(workers, prepare_worker) as pool:    # theirs
         results = [result for arm in pool.imap(run_arm, jobs, chunksize=1) for result in arm]
     atomic_write(out / "results.json", json.dumps(results))
     print(f"\n{table(results)}\n\n{REMARKS}\n")

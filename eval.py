@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_steps, fetch, file_hash, guard,
-                   load_model, load_tokenizer, one_line, parse_config, read_lines, read_meta,
-                   rotary_tables, setup_env, token_bytes, tokenizer_hash, weights_hash)
+from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_steps, encode, fetch, file_hash,
+                   guard, load_model, load_tokenizer, one_line, parse_config, read_lines,
+                   read_meta, read_results, rotary_tables, setup_env, text_column, token_bytes,
+                   tokenizer_hash, weights_hash, write_results)
 
 
 @dataclass
@@ -125,22 +126,23 @@ class Texts:
     fit c on, the others are tested on, the longest first; of both no more than sizes.documents
     says. The text of all other documents, mixed, is the haystack."""
 
-    def __init__(self, path, enc, sizes):
-        import pyarrow as pa, pyarrow.parquet as pq
+    def __init__(self, path, column, enc, sizes):
+        import pyarrow as pa
         try:
-            texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
-        except (pa.ArrowException, OSError) as e:
-            sys.exit(f"{path} cannot be read ({one_line(e)}): delete it and run again")
+            with text_column(path, column) as shard:
+                texts = shard.read([column])[column].to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as e:
+            sys.exit(f"{path} cannot be read ({one_line(e)}): put a whole one there")
         texts = sorted((text or "" for text in texts), key=len, reverse=True)
         self.enc, self.nbytes = enc, token_bytes(enc).numpy()
         self.bos = enc.encode_single_token("<|bos|>")
         self.name = f"{tokenizer_hash(enc)} {path.name} {path.stat().st_size}"
         n = min(150, len(texts) // 4)
-        longest = sorted(map(enc.encode_ordinary, texts[:n]), key=len, reverse=True)
+        longest = sorted(encode(enc, texts[:n]), key=len, reverse=True)
         self.fit = longest[2::3][:sizes.documents // 4]
         self.documents = [d for d in longest if d not in self.fit][:sizes.documents]
         rest = random.Random(0).sample(texts[n:], len(texts) - n)
-        self.hay = enc.encode_ordinary("\n\n".join(rest)[:4_000_000])
+        self.hay = encode(enc, ["\n\n".join(rest)[:4_000_000]])[0]
 
 
 # ---- Bits per byte, and how c is fitted ----------------------------------------------------------
@@ -443,11 +445,8 @@ class Results:
 
     def __init__(self, folder, quick, key=None):
         self.path = folder / ("eval_quick.json" if quick else "eval.json")
-        try:
-            data = json.loads(self.path.read_text()) if self.path.exists() else {}
-            self.key, self.sections = data.get("key", key), data.get("sections", {})
-        except (ValueError, AttributeError) as e:
-            sys.exit(f"{self.path} is damaged ({one_line(e)}): delete it and run again")
+        self.key, self.sections = read_results(self.path)
+        self.key = self.key or key
         if key and self.key != key:
             print(f"  {self.path} is of another checkpoint, text or size: done again")
             self.key, self.sections = key, {}
@@ -457,8 +456,7 @@ class Results:
         if name not in self.sections:
             start = time.time()
             self.sections[name] = json.loads(json.dumps(test(*args), default=float))
-            data = dict(key=self.key, sections=self.sections)
-            atomic_write(self.path, json.dumps(data, indent=1))
+            write_results(self.path, self.key, self.sections)
             print(f"  {name}: {time.time() - start:.0f} s", flush=True)
         return self.sections[name]
 
@@ -467,8 +465,10 @@ def validations(folder):
     """A run's validations: [(step, bits per byte), ...], two at the switch, with RoPE and without;
     and the step of the switch, None where there was none."""
     points, switch = [], None
-    for record in read_lines(folder / "metrics.jsonl", "step"):
-        for name in ("val_bpb_with_rope", "val_bpb_without_rope", "val_bpb"):
+    names = ("val_bpb_with_rope", "val_bpb_without_rope", "val_bpb")
+    numbers = dict.fromkeys(names, float)
+    for record in read_lines(folder / "metrics.jsonl", {"step": int}, {**numbers, "switch": bool}):
+        for name in names:
             if name in record:
                 points.append((record["step"], record[name]))
         if "switch" in record:
@@ -485,7 +485,7 @@ def status():
                     exported = (base / export / folder.name / "config.json").exists()
                     try:
                         said = how_far(folder)
-                    except (SystemExit, ValueError, LookupError) as e:
+                    except (SystemExit, OSError, ValueError, LookupError) as e:
                         said = f"unclear: {one_line(e)}"
                     print(f"{folder}{', exported' if exported else ''}\n    {said}")
 
@@ -506,12 +506,15 @@ def how_far(folder):
 # ---- One tag after the other ---------------------------------------------------------------------
 
 def validation_shard(meta):
-    """The shard that the run was validated on; if that is gone, the series' own, downloaded."""
-    name, own = "shard_06542.parquet", meta.get("user_config", {}).get("data_dir", "")
-    if own and (Path(own) / name).exists():
-        return Path(own) / name
+    """(path, text column) of the shard that the run was validated on; if that is gone, of the
+    series' own, downloaded."""
+    own, column = meta["user_config"].get("data_dir"), meta["user_config"].get("text_column")
+    name = meta.get("validation_file", "shard_06542.parquet")
+    if isinstance(own, str) and own and (Path(own) / name).exists():
+        return Path(own) / name, column if isinstance(column, str) else "text"
+    name = "shard_06542.parquet"
     shard = base_dir() / "data" / "climbmix" / name
-    return fetch("karpathy/climbmix-400b-shuffle", name, shard, patience=60)
+    return fetch("karpathy/climbmix-400b-shuffle", name, shard, patience=60), "text"
 
 
 def evaluate_base(folder, cfg, sizes, env):
@@ -522,10 +525,10 @@ def evaluate_base(folder, cfg, sizes, env):
     if trained_with != tokenizer_hash(enc) or enc.n_vocab != model.config.vocab_size:
         sys.exit(f"{folder} was not trained with the tokenizer in {base_dir() / 'tokenizer'}: put "
                  "the one of that run there")
-    shard = validation_shard(meta)
-    texts = Texts(shard, enc, sizes)
+    shard, column = validation_shard(meta)
+    texts = Texts(shard, column, enc, sizes)
     if not texts.documents or len(texts.documents[0]) < n_train:
-        sys.exit(f"{shard} has no document of {n_train} tokens to test on: delete it and run again")
+        sys.exit(f"{shard} has no document of {n_train} tokens to test on")
     step = meta["step"]
     key = dict(step=step, sha256=weights_hash(folder, step), use_rope=model.use_rope,
                n_train=n_train, texts=texts.name, sizes=str(sizes))
@@ -542,9 +545,17 @@ def evaluate_base(folder, cfg, sizes, env):
 
 def evaluate_chat(folder, export, cfg, sizes, env):
     """Asks the questions that sft.py left beside its checkpoint."""
-    records = read_lines(folder / "questions.jsonl", "source", "messages")
+    records = read_lines(folder / "questions.jsonl", {"source": str, "messages": list})
     if not records:
         return print(f"  no questions in {folder / 'questions.jsonl'}: skipped", file=sys.stderr)
+    try:
+        for record in records:
+            question, right = record["messages"]
+            question["content"].lower()
+            if final_answer(right["content"]) is None:
+                raise ValueError("an answer without a result")
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        sys.exit(f"{folder / 'questions.jsonl'} is damaged ({one_line(e)}): sft.py writes it")
     chat = Chat(export, env)
     key = dict(sha256=file_hash(export / "model.safetensors"), sizes=str(sizes))
     results = Results(folder, cfg.quick, key)

@@ -21,9 +21,9 @@ from pathlib import Path
 import huggingface_hub
 import torch
 
-from model import (GPTConfig, atomic_write, base_dir, checkpoint_files, fetch, file_hash, guard,
-                   hub_hash, load_part, load_tokenizer, lock_file, newest_checkpoint,
-                   parse_config, read_lines, read_meta, read_use_rope, retry, token_bytes,
+from model import (Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, fetch, file_hash,
+                   guard, hub_file, load_part, load_tokenizer, lock_file, newest_checkpoint,
+                   parse_config, read_lines, read_meta, read_results, retry, token_bytes,
                    tokenizer_hash, weights_hash)
 
 HERE = Path(__file__).parent
@@ -151,7 +151,7 @@ def export_files(source):
     if ours != theirs:
         sys.exit(f"{source.folder} was trained with another tokenizer than the one in tokenizer/ "
                  f"(ids, hash: {theirs}, not {ours}): put that run's there")
-    use_rope, stop = read_use_rope(source.folder, source.step), STOP[source.stage]
+    use_rope, stop = source.meta["loop_state"]["use_rope"], STOP[source.stage]
     weights = hf_weights(load_part(source.folder, source.step, "model"), m["vocab_size"])
     config, tokenizer_config = configs(source.meta, use_rope, enc._special_tokens, stop)
     stops = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -190,7 +190,7 @@ def export(source):
     dest, temp = source.dest, source.dest.with_name(f".{source.dest.name}.temp")
     if source.step is None:
         sys.exit(f"{source.lacks}: `bash run_all.sh {dest.name}` trains that model")
-    with lock_file(dest.with_name(f".{dest.name}.lock"), wait=True):   # of two at once, one waits
+    with lock_file(dest.with_name(f".{dest.name}.lock"), wait=600):    # of two at once, one waits
         files = export_files(source)
         paths = {dest / name: content for name, content in files.items()}
         if all(path.exists() and path.read_bytes() == paths[path] for path in paths):
@@ -223,18 +223,15 @@ def repo_name(user, tag, kind):
 def card(kind, tag, user, found):
     """README.md of a repository: templates/model_card.jinja, filled in. found: as in push()."""
     import jinja2
-    evaluation = found["base"].folder / "eval.json"
-    lines = read_lines(found["base"].folder / "metrics.jsonl")
-    try:
-        evaluated = json.loads(evaluation.read_text() if evaluation.exists() else "{}")
-    except ValueError:
-        sys.exit(f"{evaluation} is damaged: delete it, and run eval.py again")
+    _, evaluated = read_results(found["base"].folder / "eval.json")
+    numbers = {"val_bpb_with_rope": float, "val_bpb_without_rope": float}
+    lines = read_lines(found["base"].folder / "metrics.jsonl", {"step": int}, numbers)
     text = (HERE / "templates" / "model_card.jinja").read_text("utf-8")
     return jinja2.Template(text, trim_blocks=True, lstrip_blocks=True).render(
         kind=kind, tag=tag, user=user, repo_name=repo_name,
         metas={stage: source.meta for stage, source in found.items()},
-        jump=next((line for line in lines if line.get("switch")), None),
-        logn_scale=evaluated.get("sections", {}).get("scale", {}).get("c"))
+        jump=next((line for line in lines if line.keys() >= numbers.keys()), None),
+        logn_scale=evaluated.get("scale", {}).get("c"))
 
 
 def repo_files(kind, tag, user, found, temp):
@@ -276,7 +273,7 @@ def fill(repo, files, private):
         api.create_commit(repo, operations, commit_message="Files of nanochat-miniseries")
         wrong = differing()
         if wrong:
-            raise ValueError(f"what arrived of {', '.join(wrong)} is not what was sent")
+            raise ConnectionError(f"what arrived of {', '.join(wrong)} is not what was sent")
     return len(new)
 
 
@@ -346,13 +343,16 @@ def pull_checkpoint(user, tag, stage, temp):
     files = checkpoint_files(folder, step)
     parts = [files["model"].name, files["optim"].name]
     try:
-        lock = lock_file(folder / ".lock", wait=False)
+        lock = lock_file(folder / ".lock", wait=0)
     except BlockingIOError:
         sys.exit(f"{folder} is in use by another pull, or a run: wait for it, then pull again")
     with lock:
-        here = newest_checkpoint(folder)
+        try:
+            here = newest_checkpoint(folder)
+        except Damaged:
+            here = None                     # it is fetched again
         if here == step:
-            theirs = retry(repo, 60, functools.partial(hub_hash, repo, files["model"].name))
+            theirs = retry(repo, 60, lambda: hub_file(repo, files["model"].name).etag)
             if theirs == weights_hash(folder, step):
                 return print(f"{folder} is there already: skipped")
         if here is not None:

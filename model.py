@@ -2,6 +2,7 @@
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig.from_depth(18))       # 362,151,936 parameters
+    model.init_weights()
     loss = model(idx, targets)                  # sum of the cross entropies, ready for backward()
     model.use_rope = False                      # DroPE: from here on without positional embeddings
 
@@ -316,16 +317,17 @@ class GPT(nn.Module):
 
 
 # ---- What the scripts share (when you copy the model, delete from here to the end) --------------
-# Where a user can mend what is wrong, sys.exit(one line) says what, where and how.
+# An error that the user can fix ends the program with sys.exit(one line): what, where, and how.
 
-import argparse, atexit, base64, dataclasses, datetime, errno, functools, hashlib, inspect, json
-import os, platform, queue, re, shutil, signal, subprocess, sys, sysconfig, threading, time
-import traceback, typing
+import argparse, atexit, base64, contextlib, dataclasses, datetime, errno, functools, hashlib
+import inspect, itertools, json, os, platform, queue, re, shutil, signal, socket, subprocess, sys
+import sysconfig, threading, time, traceback, typing
 from pathlib import Path
 
 INTERRUPTED = 75        # exit status: stopped on request, all saved, run the same command again
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
-               errno.ENOTDIR, errno.EEXIST)
+SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>",
+                  "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>",
+                  "<|output_end|>")                         # the last ids, in this order
 
 
 def base_dir():
@@ -334,26 +336,59 @@ def base_dir():
 
 
 def one_line(error):
-    """The first line of an error's text, or its name where it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """The first line of an error's text, or its name where it has no text. For an OSError: the
+    file, and what the system says."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def say(text, file=None):
+    """Prints a line. If nobody can read it any more (`| head`, a closed terminal), discards all
+    further output and sends this process SIGTERM: a training run then saves and stops."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        discard(file)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def discard(file):
+    """Sends all further output to /dev/null, also what Python flushes when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def guard(main):
-    """Runs a script's main(). Ctrl-C and a disk that cannot be written are a line, no traceback."""
+    """Runs a script's main(). What is not a bug here is one line on stderr, without a traceback:
+    what the system refuses, too little memory, Ctrl-C. Of several processes on a machine the first
+    one prints it."""
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+    except SystemExit as e:
+        code = e.code
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        code = "interrupted"
+    except BrokenPipeError:                                 # `| head`: no more is wanted
+        discard(sys.stdout)
+        code = 128 + signal.SIGPIPE
     except OSError as e:
-        if e.errno not in DISK_ERRORS:
+        code = one_line(e)
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        code = f"out of memory ({one_line(e)}): use a smaller --device-batch-size"
+    except RuntimeError as e:
+        if os.environ.get("RANK", "0") == "0" or not connection_lost(e):
             raise
-        sys.exit(cannot_write(e))
+        code = 1                                            # rank 0 has ended, and said why
+    if isinstance(code, str) and os.environ.get("LOCAL_RANK", "0") != "0":
+        code = 1
+    sys.exit(code)
 
 
-def cannot_write(error):
-    """The line for an OSError of DISK_ERRORS."""
-    return (f"cannot write {error.filename or 'a file'}: {error.strerror}. What was there is "
-            "untouched; make room, or choose another folder with NANOCHAT_BASE_DIR")
+def connection_lost(error):
+    """Whether a collective failed because another process has ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 # The command line: a dataclass whose comments are the help and the rules
@@ -382,20 +417,20 @@ def parse_config(cls, doc, args=None):
     config = cls(**vars(parser.parse_args(args)))
     for name, value in vars(config).items():
         if type(value) in (int, float):
-            wanted = number_wanted(value, comments.get(name, ""))
-            if wanted:
-                parser.error(f"--{name.replace('_', '-')} {value}: {wanted} is wanted")
+            problem = number_problem(value, comments.get(name, ""))
+            if problem:
+                parser.error(f"--{name.replace('_', '-')} {value}: {problem}")
     return config
 
 
-def number_wanted(value, comment):
-    """Which numbers a field's comment allows, in words, if `value` is none of them; else ""."""
+def number_problem(value, comment):
+    """What is wrong with a number, by the rules in its field's comment, or ""."""
     limits = re.search(r"\b(\d+) to (\d+)\b", comment)
     if limits and not int(limits[1]) <= value <= int(limits[2]):
-        return limits[0]
+        return f"must be from {limits[1]} to {limits[2]}"
     if "> 0" in comment and value == 0:
-        return "a number above 0"
-    return "" if math.isfinite(value) and value >= 0 else "a finite number, not a negative one,"
+        return "must be greater than 0"
+    return "" if math.isfinite(value) and value >= 0 else "must be finite and not negative"
 
 
 def log_head(*parts, **more):
@@ -414,20 +449,46 @@ def log_head(*parts, **more):
 # The tokenizer that tok.py made
 
 def load_tokenizer(folder):
-    """The tiktoken.Encoding that tok.py stored in `folder`."""
+    """The tiktoken.Encoding that tok.py stored in `folder`. Exits with one line unless its ids are
+    0 ... n - 1, each of another token, all bytes among them, and then the special tokens."""
     import tiktoken
     config_file, ranks_file = Path(folder) / "config.json", Path(folder) / "tokenizer.tiktoken"
     if not config_file.exists() or not ranks_file.exists():
         sys.exit(f"no tokenizer in {folder}: make one with `python tok.py --out-dir {folder}`")
     try:
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text("utf-8"))
         pairs = [line.split() for line in ranks_file.read_bytes().splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        special = {token: len(pairs) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        if sorted(ranks.values()) != list(range(len(pairs))) or b"" in ranks:
+            raise ValueError(f"its ids are not 0 to {len(pairs) - 1}, each of one token")
+        if not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("it lacks tokens for some of the 256 bytes")
+        if config["special_tokens"] != special:
+            raise ValueError(f"its special tokens are not ids {len(pairs)} to "
+                             f"{len(pairs) + len(special) - 1}, in their order")
         return tiktoken.Encoding("nanochat", pat_str=config["pat_str"], mergeable_ranks=ranks,
-                                 special_tokens=config["special_tokens"])
-    except (ValueError, KeyError, TypeError) as e:
+                                 special_tokens=special)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         sys.exit(f"the tokenizer in {folder} is damaged ({one_line(e)}): delete it and run "
                  f"`python tok.py --out-dir {folder}`")
+
+
+LONG_SPACE = 100_000
+
+
+def encode(enc, texts):
+    """Texts -> a list of ids for each; what spells a special token stays text. tiktoken panics on
+    millions of white-space characters in a row, so longer runs are cut at every LONG_SPACE."""
+    if max(map(len, texts), default=0) < LONG_SPACE:
+        return enc.encode_ordinary_batch(texts, num_threads=4)
+    lists = []
+    for text in texts:
+        cuts = [0, *(match.start() + i for match in re.finditer(r"\s+", text)
+                     for i in range(LONG_SPACE, len(match[0]), LONG_SPACE)), len(text)]
+        pieces = enc.encode_ordinary_batch([text[a:b] for a, b in zip(cuts, cuts[1:])])
+        lists.append(list(itertools.chain(*pieces)))
+    return lists
 
 
 def token_bytes(enc):
@@ -443,13 +504,15 @@ def tokenizer_hash(enc):
     return hashlib.sha256(repr((enc._pat_str, ranks, special)).encode()).hexdigest()[:16]
 
 
-# Files: they appear by rename, whole or not at all
+# Files: written to a temporary file, then renamed, so that no reader sees half a file
 
 def atomic_write(path, content):
     """Writes bytes, a str, or what the function `content(file)` writes."""
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    start = f".{path.name}.{socket.gethostname()}."
+    remove_leftovers(path.parent, start)
+    temp = path.with_name(f"{start}{os.getpid()}.tmp")
     try:
         with open(temp, "wb") as f:
             if callable(content):
@@ -467,6 +530,19 @@ def atomic_write(path, content):
         raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
+def remove_leftovers(folder, start):
+    """Deletes the temporary files of atomic_write whose process on this machine was killed."""
+    for path in folder.glob(".*.tmp"):
+        pid = path.name.removeprefix(start).removesuffix(".tmp")
+        if path.name.startswith(start) and pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)                        # signal 0: only asks if it is there
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except PermissionError:
+                pass                                        # it is, and another user's
+
+
 def file_hash(path, git=False):
     """The sha256 of a file, in hex. git: the sha1 that git has, and the hub for its small files."""
     digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path)) if git else hashlib.sha256()
@@ -478,34 +554,98 @@ def file_hash(path, git=False):
 
 def lock_file(path, wait):
     """Opens `path` and locks it until the file is closed or the process ends, however that happens.
-    Where another process has it: waits, or with wait=False raises BlockingIOError. Where the file
-    system knows no locks: a notice, and on without one."""
+    Where another process has it: tries for `wait` seconds, then raises BlockingIOError. Where the
+    file system knows no locks: a notice, and on without one."""
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        print(f"{path}: this file system has no locks ({e.strerror}), so see to it that only one "
-              "process writes there", file=sys.stderr)
-    return file
+    file, end = open(path, "a+"), time.time() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.time() >= end:
+                raise
+            time.sleep(0.2)
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"{path}: this file system has no locks ({e.strerror}), so see to it that only "
+                  "one process writes there", file=sys.stderr)
+            return file
 
 
-def read_lines(path, *fields):
-    """The records of a .jsonl file, which have these fields; none where there is no file."""
+def has_kind(value, kind):
+    """Whether a value read from JSON is of a type. An int is a good float, a bool no number."""
+    if kind in (int, float):
+        number = type(value) is int or kind is float and type(value) is float
+        return number and abs(value) < 1e15                 # not nan either
+    return isinstance(value, kind)
+
+
+def read_lines(path, fields, optional={}):
+    """The records of a .jsonl file, none where there is no file. fields: {name: type} of what a
+    record must have; optional: of what it may have."""
+    records = []
     try:
-        records = [json.loads(line) for line in path.open()] if path.exists() else []
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not record.keys() >= set(fields):
-                raise ValueError(f"line {number} is no record with {' and '.join(fields)}")
-    except ValueError as e:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for number, record in enumerate(map(json.loads, lines), 1):
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} is no record")
+            for name, kind in {**optional, **fields}.items():
+                if (name in fields or name in record) and not has_kind(record.get(name), kind):
+                    raise ValueError(f"{name} in line {number} is {record.get(name)!r:.40}, not "
+                                     f"of type {kind.__name__}")
+            records.append(record)
+    except (ValueError, RecursionError) as e:
         sys.exit(f"{path} is damaged ({one_line(e)}): delete it, to go on without it")
     return records
 
 
+def write_results(path, key, sections):
+    """Writes what eval.py has found. key: of what it is; sections: {name: results}."""
+    content = dict(key=key, sections=sections)
+    atomic_write(path, json.dumps({**content, "sha256": results_hash(content)}, indent=1))
+
+
+def read_results(path):
+    """(key, sections) of such a file, (None, {}) if there is none. Exits if it was changed."""
+    try:
+        data = json.loads(path.read_text("utf-8")) if path.exists() else None
+        if data is None:
+            return None, {}
+        if data.pop("sha256") != results_hash(data):
+            raise ValueError("its sha256 is another")
+        return data["key"], data["sections"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        sys.exit(f"{path} is damaged ({one_line(e)}): delete it, and run eval.py again")
+
+
+def results_hash(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def text_column(path, column):
+    """The file at `path` as a ParquetFile that has rows and a column of strings. ValueError,
+    ArrowException or OSError if it is none, which callers name the file with."""
+    import pyarrow.parquet as pq
+    file = pq.ParquetFile(path)
+    there = {field.name: str(field.type) for field in file.schema_arrow}
+    if there.get(column) not in ("string", "large_string", "string_view"):
+        found = f"of type {there[column]}" if column in there else "missing"
+        raise ValueError(f"column {column!r}, which must hold strings, is {found}")
+    if file.metadata.num_rows == 0:
+        raise ValueError("it has no rows")
+    return file
+
+
 # Checkpoints: model_, optim_, loader_ files, then meta_*.json: where that is, the others are whole
+
+class Damaged(SystemExit):
+    """A checkpoint whose files are not whole, in one line; an older one may be. Where nobody
+    catches it, it ends the program with that line. (A file that cannot be read is an OSError, and
+    no damage.)"""
+
 
 def checkpoint_files(folder, step):
     """The paths of a checkpoint's four files, by name."""
@@ -515,8 +655,11 @@ def checkpoint_files(folder, step):
 
 
 def checkpoint_steps(folder):
-    """The steps of the checkpoints in `folder`, ascending."""
-    names = [path.name for path in Path(folder).glob("meta_*.json")]
+    """The steps of the checkpoints in `folder`, ascending; none where there is no folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(int(name[5:-5]) for name in names if re.fullmatch(r"meta_\d{6,}\.json", name))
 
 
@@ -536,24 +679,90 @@ def save_checkpoint(folder, step, model, optimizer, loader_state, meta, keep=())
             path.unlink(missing_ok=True)
 
 
+MODEL_LIMITS = dict(sequence_len=2 ** 24, vocab_size=2 ** 24, n_layer=999, n_head=999,
+                    n_kv_head=999, n_embd=2 ** 17)
+META_NUMBERS = ("val_bpb", "switch", "min_val_bpb", "smooth_train_loss", "total_training_time")
+META_FIELDS = dict(step=int, model_config=dict, loop_state=dict, user_config=dict, recipe=dict,
+                   data=dict, sha256=dict, steps=int, finished=bool, tokenizer=str, done=float,
+                   metrics_bytes=int, validation_file=str)
+
+
 def read_meta(folder, step):
-    return json.loads(checkpoint_files(folder, step)["meta"].read_text())
+    """The meta file of a checkpoint: all scripts read it here. Exits with one line unless it
+    describes a model of model.py, and says whether that has RoPE, which is never guessed."""
+    path = checkpoint_files(folder, step)["meta"]
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise Damaged(f"{path} is damaged ({one_line(e)})") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        raise Damaged(f"{path} is damaged: it has no model_config")
+    for name, kind in META_FIELDS.items():
+        if name in meta and not has_kind(meta[name], kind):
+            sys.exit(f"{path}: {name} is {meta[name]!r:.40}, not of type {kind.__name__}")
+    sizes, loop = meta["model_config"], meta.get("loop_state", {})
+    other = [name for name in sizes if name not in MODEL_LIMITS]
+    if other:
+        sys.exit(f"{path}: its model has {', '.join(other)}, so it is of another version of "
+                 "nanochat, which model.py cannot run: use it with that version")
+    for name, most in MODEL_LIMITS.items():
+        if not has_kind(sizes.get(name), int) or not 1 <= sizes[name] <= most:
+            sys.exit(f"{path}: model_config.{name} is {sizes.get(name)!r:.40}, not a number from 1 "
+                     f"to {most:,}")
+    if sizes["n_embd"] % (2 * sizes["n_head"]) or sizes["n_kv_head"] != sizes["n_head"]:
+        sys.exit(f"{path}: n_embd {sizes['n_embd']} does not divide into n_head {sizes['n_head']} "
+                 "heads of an even size, or n_kv_head is another number")
+    if not isinstance(loop.get("use_rope"), bool):
+        sys.exit(f"{path} does not say if the model has RoPE (chat checkpoints of the nanochat "
+                 "repo do not): set loop_state.use_rope in it to true or false")
+    for name, value in {**meta, **loop}.items():
+        if name in META_NUMBERS and not (value is None or isinstance(value, (int, float))):
+            sys.exit(f"{path}: {name} is {value!r:.40}, not a number")
+    if meta.get("step", step) != step:
+        sys.exit(f"{path} is of step {meta['step']}")
+    return {"step": step, "user_config": {}, **meta}
 
 
-def newest_checkpoint(folder, steps=None):
-    """The newest step (of `steps`) whose files all have the sha256 in its meta file, or None. A
-    damaged one is named on stderr and passed over."""
-    for step in reversed(checkpoint_steps(folder) if steps is None else steps):
+def check_checkpoint(folder, step):
+    """Exits with one line unless a checkpoint's files are those that its meta file describes: by
+    their sha256, where it has them (else Damaged), and by the names and shapes of the weights."""
+    meta, weights = read_meta(folder, step), checkpoint_files(folder, step)["model"]
+    for name, expected in meta.get("sha256", {}).items():
+        path = Path(folder) / Path(name).name
+        if not path.exists():
+            raise Damaged(f"{path} is missing")
+        if file_hash(path) != expected:
+            raise Damaged(f"{path} is damaged: its sha256 is not the one in its meta file")
+    with torch.device("meta"):
+        ours = GPT(GPTConfig(**meta["model_config"])).state_dict()
+    theirs = load_part(folder, step, "model", "meta")       # reads no weights
+    if not isinstance(theirs, dict):
+        sys.exit(f"{weights} holds no weights")
+    for name in [*ours, *theirs]:
+        found, described = (getattr(x.get(name), "shape", None) for x in (theirs, ours))
+        if found != described:
+            sys.exit(f"{weights}: {name} has shape {found}, but its meta file describes a model "
+                     f"with {described}")
+
+
+def newest_checkpoint(folder):
+    """The newest step that check_checkpoint accepts, None where there is no checkpoint at all.
+    Damaged ones are passed over, with a notice. Exits if all are: nobody wants to start over
+    without being asked. OSError if a file cannot be read."""
+    problems = []
+    for step in reversed(checkpoint_steps(folder)):
         try:
-            problem = ""
-            for name, expected in read_meta(folder, step).get("sha256", {}).items():
-                if file_hash(Path(folder) / name) != expected:
-                    problem = f"{name} is damaged (its sha256 is not the one in its meta file)"
-        except (OSError, ValueError, AttributeError) as e:
-            problem = one_line(e)
-        if not problem:
-            return step
-        print(f"passing over step {step} in {folder}: {problem}", file=sys.stderr)
+            check_checkpoint(folder, step)
+        except Damaged as e:
+            problems.append(str(e))
+            continue
+        for problem in problems:
+            print(f"passing over a checkpoint: {problem}", file=sys.stderr)
+        return step
+    if problems:
+        raise Damaged(f"{folder} has no checkpoint that can be used ({problems[0]}): repair it, or "
+                      "move that folder away to start over")
+    return None
 
 
 def weights_hash(folder, step):
@@ -564,28 +773,39 @@ def weights_hash(folder, step):
 
 
 def load_part(folder, step, part, device="cpu"):
-    """One file ("model", "optim" or "loader") of a checkpoint. Nothing in it is executed."""
-    return torch.load(checkpoint_files(folder, step)[part], map_location=device, weights_only=True)
+    """One file ("model", "optim" or "loader") of a checkpoint. Nothing in it is executed. On the
+    device "meta" tensors have shapes and no data, and none are read."""
+    path = checkpoint_files(folder, step)[part]
+    if not path.exists():
+        raise Damaged(f"{path} is missing")
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=device == "meta")
+    except OSError:
+        raise
+    except Exception as e:                                  # a damaged file fails in many ways
+        raise Damaged(f"{path} is damaged ({one_line(e)})") from None
 
 
-def read_use_rope(folder, step):
-    """Whether the model of a checkpoint has RoPE. Never guessed: it is part of the model."""
-    use_rope = read_meta(folder, step).get("loop_state", {}).get("use_rope")
-    if not isinstance(use_rope, bool):
-        sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say if the model has RoPE: "
-                 "set loop_state.use_rope in it to true or false")
-    return use_rope
+def load_weights(model, optimizer, folder, step, device):
+    """Loads model and optimizer in place, and with them whether the model has RoPE."""
+    model.load_state_dict(load_part(folder, step, "model", device))
+    try:
+        optimizer.load_state_dict(load_part(folder, step, "optim", device))
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise Damaged(f"{checkpoint_files(folder, step)['optim']} is not of this model's optimizer "
+                      f"({one_line(e)})") from None
+    model.use_rope = read_meta(folder, step)["loop_state"]["use_rope"]
 
 
-def load_model(folder, step=None, device="cpu", dtype=torch.float32):
-    """The GPT of a checkpoint (the newest undamaged), RoPE on or off as it was, and its meta."""
+def load_model(folder, device="cpu", dtype=torch.float32):
+    """The GPT of the newest undamaged checkpoint, RoPE on or off as it was, and its meta."""
     folder = Path(folder)
-    step = newest_checkpoint(folder) if step is None else step
+    step = newest_checkpoint(folder)
     if step is None:
         stage = "sft.py" if "chatsft" in str(folder) else "pretrain.py"
         sys.exit(f"no checkpoint in {folder}: make one with `python {stage} --tag {folder.name}`")
     meta = read_meta(folder, step)
-    model = GPT(GPTConfig(**meta["model_config"]), read_use_rope(folder, step), dtype)
+    model = GPT(GPTConfig(**meta["model_config"]), meta["loop_state"]["use_rope"], dtype)
     model.load_state_dict(load_part(folder, step, "model"))
     return model.to(device), meta
 
@@ -597,64 +817,103 @@ class FetchError(SystemExit):
     Exception`, and where nobody catches it, it ends the program with that line."""
 
 
-def retry(name, patience, attempt):
-    """attempt(), again and again for `patience` seconds, with pauses that grow and heed the
-    server's Retry-After. FetchError at the end, and at once where asking again is of no use."""
+def within(seconds, work):
+    """work() in a thread of its own; TimeoutError if it takes longer. A thread cannot be ended, so
+    one that waits for a server for ever is left behind."""
+    results = queue.Queue()
+
+    def run():
+        try:
+            results.put((work(), None))
+        except BaseException as e:
+            results.put((None, e))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("the server does not answer, or too slowly") from None
+    if error is not None:
+        raise error
+    return result
+
+
+def retry(name, patience, attempt,
+          denied="it does not exist, or the token in HF_TOKEN may not read or write it"):
+    """attempt(), again and again for `patience` seconds in all, with growing pauses, or as long as
+    the server's Retry-After says. FetchError at the end, and at once where asking again is of no
+    use. denied: what to do about the statuses 401 and 403."""
     start, pause = time.time(), 1.0
     while True:
         try:
-            return attempt()
+            return within(max(1.0, patience - (time.time() - start)), attempt)
         except Exception as e:                              # downloads fail in many ways
             replies = [getattr(error, "response", None) for error in (e, e.__cause__)]
             reply = next((r for r in replies if r is not None), None)
             status = 0 if reply is None else reply.status_code
+            text = f"{name}: {one_line(e)}"
             if status in (401, 403):
-                raise FetchError(f"{name}: the server answers {status}: it does not exist, or the "
-                                 "token in HF_TOKEN may not read or write it") from None
-            if 400 <= status < 500 and status not in (408, 429):
-                raise FetchError(f"{name}: {one_line(e)} ({status})") from None
-            if getattr(e, "errno", None) in DISK_ERRORS:
-                raise
+                raise FetchError(f"{name}: the server answers {status}: {denied}") from None
+            if 400 <= status < 500 and status not in (408, 429) or status == 501:
+                raise FetchError(f"{text} ({status})") from None
+            if isinstance(e, ValueError):                   # no URL, no name of a repository ...
+                raise FetchError(text) from None
+            network = isinstance(e, (ConnectionError, TimeoutError))
+            if isinstance(e, OSError) and e.errno and not network:
+                raise                                       # a disk; it is no use to ask a server
             asked = "" if reply is None else reply.headers.get("Retry-After", "")
             wait = max(pause, float(asked)) if asked.isdigit() else pause
-            text = f"{name}: {one_line(e)}"
             if time.time() - start + wait > patience:
-                raise FetchError(f"{text}. It did not come within {patience:.0f} s") from None
-            print(f"{text}; again in {wait:.0f} s", file=sys.stderr, flush=True)
+                raise FetchError(f"{text}; gave up after {patience:.0f} s") from None
+            print(f"{text}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait)
             pause = min(2 * pause, 60.0)
 
 
-def hub_hash(repo_id, filename, **where):
-    """The hash that the hub sends as a file's etag: sha256, or for a small one git's, 40 digits."""
+def hub_file(repo_id, filename, **where):
+    """What the hub says of a file: size, and as its etag a hash: sha256, or of a small file git's
+    sha1, 40 digits."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    return get_hf_file_metadata(hf_hub_url(repo_id, filename, **where)).etag
+    return get_hf_file_metadata(hf_hub_url(repo_id, filename, **where))
 
 
-def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", sha256=None, patience=600):
+def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patience=600):
     """Downloads a file of a hub repository to `dest`, unless it is there; returns the path. Beyond
     what huggingface_hub does, it compares the hub's own hash, tries again, and downloads a file
-    once when several processes want it. sha256: the hash, if known."""
+    once when several processes want it. patience: seconds in all, and what the file takes at
+    1 MB/s."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
+    name, dest = f"{filename} of {repo_id}", Path(dest)
     where = dict(repo_type=repo_type, revision=revision)
-    dest = Path(dest)
     part = dest.parent / ".part" / dest.name        # a folder: huggingface_hub keeps its own files
 
-    def attempt():
-        expected = sha256 or hub_hash(repo_id, filename, **where)
+    def download():
+        if part.exists():                           # an earlier attempt, perhaps another program's
+            kept = sum(path.stat().st_size for path in part.rglob("*.incomplete"))
+            then = f"going on after {kept:,} bytes" if kept else "starting from zero"
+            print(f"{name} was interrupted: {then}", file=sys.stderr, flush=True)
         got = hf_hub_download(repo_id, filename, local_dir=part, **where)
-        damaged = file_hash(got, git=len(expected) == 40) != expected
+        damaged = file_hash(got, git=len(about.etag) == 40) != about.etag
         if not damaged:
             os.replace(got, dest)
         shutil.rmtree(part)
         if damaged:
-            raise ValueError("damaged on the way: its hash is not the hub's")
+            raise ConnectionError("damaged on the way: its hash is not the hub's")
 
-    if not dest.exists():
-        with lock_file(part.with_name(f"{dest.name}.lock"), wait=True):
-            if not dest.exists():
-                retry(f"{filename} of {repo_id}", patience, attempt)
+    if dest.exists():
+        return dest
+    if constants.HF_HUB_OFFLINE:
+        raise FetchError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids to download it")
+    try:
+        lock = lock_file(part.with_name(f"{dest.name}.lock"), wait=patience)
+    except BlockingIOError:
+        raise FetchError(f"{name}: another process has been downloading it for more than "
+                         f"{patience:.0f} s") from None
+    with lock:
+        if not dest.exists():
+            about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
+            retry(name, patience + (about.size or 0) / 1e6, download)
     return dest
 
 
@@ -666,13 +925,16 @@ def fetch_url(url, dest, patience=600, check=None):
     def attempt():
         reply = requests.get(url, timeout=30)
         reply.raise_for_status()
+        if reply.content.lstrip()[:1] == b"<":
+            raise ValueError("the answer is a web page, not this file: does the network want a "
+                             "login?")
         problem = check(reply.content) if check else ""
         if problem:
-            raise ValueError(problem)
+            raise ConnectionError(f"{problem}; starting from zero")
         atomic_write(dest, reply.content)
 
     if not Path(dest).exists():
-        retry(url, patience, attempt)
+        retry(url, patience, attempt, "download it in another way, and give the path of the file")
     return Path(dest)
 
 
@@ -687,15 +949,18 @@ class Env:
     dtype: torch.dtype                  # of activations
     peak_flops: float | None            # of the device in bfloat16, dense, where known
     compile: bool = False               # use torch.compile
-    micro: int = 1                      # rows that go through the model at a time
+    micro: int = 1                      # rows that go through the model at a time, at most
+    control: object = None              # the process group for what is not on the device
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}   # bfloat16, dense, of the SXM boards
+# bfloat16, dense, without a power limit; a longer name goes before the one that it contains
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+              "H200": 989e12, "A100": 312e12}
 
 
 def setup_env(compile=None):
-    """Device, dtype and, under torchrun, the process group (NCCL on GPUs, else gloo). compile: 1 or
-    0, or None: on a GPU. Exits where there is a GPU that torch cannot use."""
+    """Device, dtype and, under torchrun, the process groups. compile: 1 or 0, or None: on a GPU.
+    Exits where there is a GPU that torch cannot use."""
     check_driver()
     bf16, peak = False, None
     if torch.cuda.is_available():
@@ -713,25 +978,43 @@ def setup_env(compile=None):
         check_compiler()
     env = Env(0, 1, device, torch.bfloat16 if bf16 else torch.float32, peak, compile)
     if "RANK" in os.environ:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-        atexit.register(torch.distributed.destroy_process_group)
-        env.rank, env.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        join_processes(env)
     return env
 
 
+def join_processes(env):
+    """Brings the processes of torchrun together. Gradients go through NCCL, or gloo on CPUs. Rows
+    and messages go through gloo (`control`), where a process waits without its GPU, and for as long
+    as rank 0 needs, for a download perhaps; that a process has ended is noticed at once."""
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    if missing:
+        sys.exit(f"RANK is set, but not {', '.join(missing)}: start several processes with "
+                 "torchrun, or unset RANK")
+    long = datetime.timedelta(days=7)
+    if env.device.type == "cuda":
+        torch.distributed.init_process_group("nccl", timeout=datetime.timedelta(minutes=30))
+        env.control = torch.distributed.new_group(backend="gloo", timeout=long)
+    else:
+        torch.distributed.init_process_group("gloo", timeout=long)
+    atexit.register(torch.distributed.destroy_process_group)
+    env.rank, env.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def check_driver(driver_file="/proc/driver/nvidia/version"):
-    """Exits where torch has CUDA and the machine a GPU, but its driver is too old for it: otherwise
-    hours of training would start on the CPU. An empty CUDA_VISIBLE_DEVICES asks for the CPU."""
-    usable = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    """Exits where torch has CUDA and the machine a GPU that torch cannot use: otherwise hours of
+    training would start on the CPU. CUDA_VISIBLE_DEVICES= or -1 asks for the CPU."""
+    usable = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda is None or usable or not os.path.exists(driver_file):
         return
-    driver = re.search(r"\b\d{3}\.[\d.]+", Path(driver_file).read_text())
-    wanted = {"12": "525", "13": "580"}.get(torch.version.cuda.split(".")[0], "a newer one")
-    sys.exit(f"this machine has an NVIDIA GPU that torch cannot use: the driver is "
-             f"{driver[0] if driver else 'unknown'}, and torch {torch.__version__} (CUDA "
-             f"{torch.version.cuda}) wants {wanted} or newer. For drivers from 525: `pip install "
-             "torch --index-url https://download.pytorch.org/whl/cu126`. To use the CPU, put "
+    driver = re.search(r"\b(\d{3})\.[\d.]+", Path(driver_file).read_text())
+    needed = {"12": 525, "13": 580}.get(torch.version.cuda.split(".")[0], 1000)
+    why = ("it is not visible here (in a container, add --gpus all; under Slurm, --gres=gpu:1)")
+    if not driver or int(driver[1]) < needed:
+        why = (f"the driver is {driver[0] if driver else 'unknown'}, and torch {torch.__version__} "
+               f"(CUDA {torch.version.cuda}) needs {needed} or newer. For drivers from 525: `pip "
+               "install torch --index-url https://download.pytorch.org/whl/cu126`")
+    sys.exit(f"this machine has an NVIDIA GPU that torch cannot use: {why}. To use the CPU, put "
              "CUDA_VISIBLE_DEVICES= before the command")
 
 
@@ -768,7 +1051,8 @@ def set_fp8(model, env):
 
 
 def attention_kernel(env, config):
-    """The name of the attention kernel that torch chooses. A notice if a Hopper could do better."""
+    """The name of the attention kernel that torch chooses. Warns if a Hopper GPU is using a slower
+    one than it could."""
     if env.device.type == "mps":
         return "MPS"
     shape = (1, config.n_head, config.sequence_len, HEAD_DIM)
@@ -781,31 +1065,33 @@ def attention_kernel(env, config):
     return name
 
 
-def any_process(flag, env):
-    """Whether `flag` is true on any of the processes."""
-    if env.world == 1:
-        return bool(flag)
-    flag = torch.tensor(int(bool(flag)), device=env.device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
+def largest_of_all(numbers, env):
+    """For each of some whole numbers the largest that any process has. A process that waits here
+    waits for all others."""
+    if env.world > 1:
+        numbers = torch.tensor(numbers)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=env.control)
+        numbers = numbers.tolist()
+    return numbers
 
 
 def from_rank_0(value, env):
     """A small Python value of rank 0, on all processes."""
     values = [value]
     if env.world > 1:
-        torch.distributed.broadcast_object_list(values)
+        torch.distributed.broadcast_object_list(values, group=env.control)
     return values[0]
 
 
-def rows_from_rank_0(rows, env):
-    """Rank 0's int32 array (elsewhere None) on the device of every process, as int64."""
-    shape = from_rank_0(None if rows is None else rows.shape, env)
-    tensor = torch.empty(shape, dtype=torch.int32) if rows is None else torch.from_numpy(rows)
-    tensor = tensor.to(env.device).contiguous()             # what is broadcast is the memory
-    if env.world > 1:
-        torch.distributed.broadcast(tensor, 0)
-    return tensor.long()
+def rows_from_rank_0(rows, shape, env):
+    """Rank 0's int32 array of that shape (elsewhere None), on all processes, on the CPU."""
+    if env.world == 1:
+        return torch.from_numpy(rows)
+    tensor = torch.empty(shape, dtype=torch.int32)
+    if env.rank == 0:
+        tensor.copy_(torch.from_numpy(rows))
+    torch.distributed.broadcast(tensor, 0, group=env.control)
+    return tensor
 
 
 # Gradients and validation
@@ -815,54 +1101,63 @@ def largest_divisor(n, most):
     return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
 
 
-def rows_of_a_step(batch, T, world):
+def rows_of_a_step(batch, T, world=1):
     """The rows of T tokens in a step of `batch` tokens. Exits unless they are whole, and as many
     for each process."""
     rows, rest = divmod(batch, T)
     if rest or rows % world or rows == 0:
         nearest = max(1, round(batch / (T * world))) * T * world
         sys.exit(f"--total-batch-size {batch} must be a multiple of max_seq_len x processes = "
-                 f"{T} x {world}: take {nearest}")
+                 f"{T} x {world}: use {nearest}")
     return rows
 
 
-def rows_at_a_time(env, rows, T, most=None):
-    """How many of a step's rows of T tokens go through the model at a time on each process: a
-    divisor of its share, at most `most`. If that is not given, 16 x 4,096 tokens on a GPU, where
-    too many are halved (see accumulate_gradients), and 4,096 tokens elsewhere, where running out of
-    memory ends the program (d18 takes 11.6 GB so)."""
-    most = most or max(1, (16 if env.device.type == "cuda" else 1) * 4096 // T)
-    return largest_divisor(rows // env.world, most)
+def rows_at_a_time(env, T, most=None):
+    """How many rows of T tokens go through the model at a time on each process, at most: `most`, or
+    16 x 4,096 tokens on a GPU, where too many are halved (see with_memory), and 4,096 tokens
+    elsewhere, where running out of memory ends the program (d18 takes 11.6 GB so)."""
+    return most or max(1, (16 if env.device.type == "cuda" else 1) * 4096 // T)
 
 
-def backward(model, x, y, micro, counted):
-    """Adds the gradients of sum of losses / counted, `micro` rows at a time; returns that loss."""
-    total = 0.0
-    for xs, ys in zip(x.split(micro), y.split(micro)):
-        loss = model(xs, ys) / counted
-        loss.backward()
-        total += loss.detach()
-    return total
+def with_memory(env, rows, work):
+    """work(micro), which takes `rows` rows in turns of at most env.micro. While the device runs
+    out of memory, again with half as many; exits where that was one row. Each process does so by
+    itself: their gradients are of the same rows as before."""
+    while True:
+        micro = min(env.micro, rows)
+        try:
+            return work(micro)
+        except torch.OutOfMemoryError:
+            pass                        # handled below: the exception keeps its tensors alive
+        if micro == 1:
+            print(f"{env.device} has too little memory for one row at a time: use a smaller "
+                  "--max-seq-len or --depth", file=sys.stderr)
+            sys.exit(1)
+        env.micro = micro // 2
+        if env.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"rank {env.rank}: out of memory with {micro} rows at a time, trying again with "
+              f"{env.micro} (--device-batch-size {env.micro})", file=sys.stderr, flush=True)
 
 
 def accumulate_gradients(model, x, y, env):
     """Gradients of the mean loss over the counted targets (not -1) of a whole batch: inputs and
-    targets, (rows, T) each, the same on all processes; each runs its share. Returns the loss.
-
-    Where a device runs out of memory, all processes go on with half as many rows at a time."""
-    counted = (y != -1).sum().clamp(min=1)                  # of the whole batch: never 0
+    targets, (rows, T) each, the same on all processes; each runs its share. Returns the loss."""
+    counted = (y != -1).sum().clamp(min=1).to(env.device)   # of the whole batch: never 0
     share = len(x) // env.world
     mine = slice(env.rank * share, (env.rank + 1) * share)
-    while True:
-        loss = None
-        try:
-            loss = backward(model, x[mine], y[mine], env.micro, counted)
-        except torch.OutOfMemoryError:
-            pass                        # handled below: the exception keeps its tensors alive
-        if not any_process(loss is None, env):
-            break
-        model.zero_grad()
-        halve_rows(env, share)
+    x, y = (rows[mine].to(env.device).long() for rows in (x, y))
+
+    def backward(micro):
+        model.zero_grad()               # of an attempt that ran out of memory
+        micro, total = largest_divisor(share, micro), 0.0
+        for xs, ys in zip(x.split(micro), y.split(micro)):
+            loss = model(xs, ys) / counted
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    loss = with_memory(env, share, backward)
     if env.world > 1:
         for p in model.parameters():
             torch.distributed.all_reduce(p.grad)
@@ -870,62 +1165,91 @@ def accumulate_gradients(model, x, y, env):
     return loss
 
 
-def halve_rows(env, share):
-    """After a device ran out of memory: half as many rows at a time, or exit where it was one."""
-    if env.micro == 1:
-        sys.exit(f"{env.device} has too little memory for one row at a time: take a smaller "
-                 "--max-seq-len or --depth")
-    was, env.micro = env.micro, largest_divisor(share, env.micro // 2)
-    if env.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if env.rank == 0:
-        print(f"out of memory with {was} rows at a time: the step is done again with {env.micro} "
-              f"(--device-batch-size {env.micro})", flush=True)
+class ValidationRows:
+    """The rows to validate on, in blocks of env.micro rows that the processes own in turn: each
+    gets its rows once, as they are packed. make_rows, on rank 0: a function from a number of rows
+    to that many or fewer, int32 (2, n, T), inputs and targets; None if there are no more."""
 
+    def __init__(self, make_rows, T, nbytes, env):
+        self.make_rows, self.T, self.nbytes, self.env = make_rows, T, nbytes.to(env.device), env
+        self.block, self.n, self.mine, self.complete = env.micro, 0, {}, False
 
-@torch.no_grad()
-def bits_per_byte(model, rows, nbytes, env, heed_stop):
-    """Bits per byte of the targets of rank 0's rows, int32 (2, n, T), inputs and targets; nan where
-    there are none. nbytes: bytes of each id; special tokens (0 bytes) and -1 do not count. Each
-    micro-batch is the work of one process in turn; before each, heed_stop() is called."""
-    precise = torch.float32 if env.device.type == "mps" else torch.float64      # MPS has no float64
-    total = torch.zeros(2, dtype=precise, device=env.device)                    # nats, bytes
-    for i in range(from_rank_0(rows is not None and -(-rows.shape[1] // env.micro), env)):
-        heed_stop()
-        some = None if rows is None else rows[:, i * env.micro:(i + 1) * env.micro]
-        x, y = rows_from_rank_0(some, env)
-        if i % env.world == env.rank:
-            size = nbytes[y.clamp(min=0)] * (y != -1)       # (B, T)
-            nats = model(x, y, reduction="none") * (size > 0)
-            total += torch.stack((nats.to(precise).sum(), size.sum()))
-    if env.world > 1:
-        torch.distributed.all_reduce(total)
-    nats, size = total.tolist()
-    return nats / (math.log(2) * size) if size else float("nan")
+    def pack(self, n, check_stop):
+        """Packs rows until there are n, or no more. check_stop() is called before each block."""
+        while self.n < n and not self.complete:
+            check_stop()
+            block = self.make_rows(self.block) if self.env.rank == 0 else None
+            size = from_rank_0(0 if block is None else block.shape[1], self.env)
+            if size:
+                rows = rows_from_rank_0(block, (2, size, self.T), self.env)
+                if self.n // self.block % self.env.world == self.env.rank:
+                    self.mine[self.n] = rows
+            self.n, self.complete = self.n + size, size < self.block
+
+    def losses(self, model, x, y):
+        """The loss at each position, in nats, (B, T)."""
+        def forward(micro):
+            turns = zip(x.split(micro), y.split(micro))
+            return torch.cat([model(xs, ys, reduction="none") for xs, ys in turns])
+        return with_memory(self.env, len(x), forward)
+
+    @torch.no_grad()
+    def bits_per_byte(self, model, n, stop=lambda: False):
+        """(bits per byte of the targets of the first n rows, how many tokens those are, asked to
+        stop). Targets of no bytes (special tokens) and -1 do not count. Each process sums up its
+        blocks, in float64, and only then they meet; where stop() is true on one, its rest is left
+        out."""
+        total, n = torch.zeros(3, dtype=torch.float64), min(n, self.n)     # nats, bytes, stopped
+        for first, rows in self.mine.items():
+            if first >= n:
+                break
+            if stop():
+                total[2] = 1
+                break
+            x, y = rows[:, :n - first].to(self.env.device).long()           # (B, T) each
+            size = self.nbytes[y.clamp(min=0)] * (y != -1)
+            nats = self.losses(model, x, y) * (size > 0)
+            total[0] += nats.cpu().double().sum()
+            total[1] += size.sum().cpu()
+        if self.env.world > 1:
+            torch.distributed.all_reduce(total, group=self.env.control)
+        nats, size, stopped = total.tolist()
+        if size == 0 and not stopped:
+            sys.exit("the validation set has no token that counts: it must fill a row with text, "
+                     "or in a chat hold an answer that begins within a row")
+        return nats / (math.log(2) * max(size, 1)), n * self.T, bool(stopped)
 
 
 # A run: what both training loops need around their steps
+
+def difference(then, now):
+    """The first field of two dicts that differs, in words, or ""."""
+    for field in {**now, **then}:
+        if then.get(field) != now.get(field):
+            return f"{field} = {then.get(field)}, not {now.get(field)}"
+    return ""
+
 
 class Run:
     """A training run and its folder: lock, starting point, batches, metrics.jsonl, requests to
     stop, and checkpoints.
 
-    Checkpoint s holds what s steps have made, and nothing of the next one. end_of_step(s) notes it.
-    It is saved when that is due, or when the run has to end before the next step is done, because
-    it was asked to or because there are no data. (The weights change only between next_batch() and
-    end_of_step(), where nothing is saved, so they are still those of the note.) A resumed run does
-    all of the next step, the switch too, and ends with the same tensors: to the bit on a CPU, to
-    rounding on a GPU, where sums have no fixed order."""
+    self.state is all that a checkpoint holds beside the weights and the optimizer. end_of_step(s)
+    makes it what s steps have made, and nothing of the next one; until the next end_of_step() it
+    may be saved at any moment, but not between next_batch() and there, where the weights change. So
+    a run is saved when that is due, and where it has to end: it was asked to, or has no data. A
+    resumed run does all of the next step, the switch too, and ends with the same tensors: to the
+    bit on a CPU, to rounding on a GPU, where sums have no fixed order."""
 
     def __init__(self, folder, cfg, recipe, env):
-        """Locks the folder and finds its newest checkpoint. recipe: names and values that must be
-        those of the checkpoint. env: see setup_env."""
+        """Locks the folder and finds its newest checkpoint. recipe: names and values of what
+        changes the weights, which must be those of the checkpoint. env: see setup_env."""
         self.folder, self.cfg, self.recipe, self.env = Path(folder), cfg, recipe, env
-        self.source, self.step, self.meta = None, 0, {}
+        self.source, self.step, self.meta, self.signal = None, 0, {}, None
         newest = None
         if env.rank == 0:
             try:
-                self.lock = lock_file(self.folder / ".lock", wait=False)
+                self.lock = lock_file(self.folder / ".lock", wait=0)
             except BlockingIOError:
                 sys.exit(f"{folder} is in use by another run: wait for it or stop it")
             for half_written in self.folder.glob(".*.tmp"):         # by a run that was killed
@@ -934,20 +1258,27 @@ class Run:
         newest = from_rank_0(newest, env)
         if newest is not None:
             self.start_from(self.folder, newest)
-            different = self.difference(self.meta)
-            if different:
-                sys.exit(f"{folder} was trained with {different}. Use the same, or for a new run "
-                         "another --tag or NANOCHAT_BASE_DIR")
+            self.refuse(self.difference(self.meta))
 
     def difference(self, meta, but=()):
         """How a checkpoint's recipe differs from this run's (fields in `but` aside), or ""."""
         if "recipe" not in meta:
             return "other code, which does not say all that a resumed run needs; sft.py can use it"
-        for field, now in self.recipe.items():
-            then = meta["recipe"].get(field)
-            if then != now and field not in but:
-                return f"{field} = {then}, not {now}"
-        return ""
+        then, now = ({field: value for field, value in recipe.items() if field not in but}
+                     for recipe in (meta["recipe"], self.recipe))
+        return difference(then, now)
+
+    def same_data(self, data):
+        """Exits if the run began with other data. data: {what: its file, size or hash}, which goes
+        into the meta file."""
+        self.data = from_rank_0(data, self.env)
+        if self.source == self.folder:
+            self.refuse(difference(self.meta.get("data", {}), self.data))
+
+    def refuse(self, different):
+        if different:
+            sys.exit(f"{self.folder} was trained with {different}. Use the same, or for a new run "
+                     "another --tag or NANOCHAT_BASE_DIR")
 
     def start_from(self, folder, step):
         """The starting point: a checkpoint of this run, or one of the run that it branches off."""
@@ -962,74 +1293,73 @@ class Run:
         model: not the compiled one. stream, on rank 0: batch(rows) -> int32 (2, rows, T), inputs
         and targets, or sys.exit(why not); state() -> what resumes it. facts: more for the meta."""
         self.model, self.optimizer, self.keep, self.facts = model, optimizer, keep, facts
+        self.shape = (2, rows, self.cfg.max_seq_len)
         self.loop = dict(min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0)
         self.val_bpb, self.done = self.meta.get("val_bpb"), self.meta.get("done", 0.0)
         if self.source:
             load_weights(model, optimizer, self.source, self.step, self.env.device)
-            self.loop = self.meta["loop_state"]
+            self.loop.update(self.meta["loop_state"])
             self.say(f"resuming from step {self.step} of {self.source}")
-        self.position = None            # of the stream, after the last batch that next_batch() gave
+        position = None
         if self.env.rank == 0:
             self.open_metrics()
-            self.position, self.batches = stream.state(), queue.Queue(maxsize=1)
+            position, self.batches = stream.state(), queue.Queue(maxsize=1)
             threading.Thread(target=self.make_batches, args=(stream, rows), daemon=True).start()
         self.started, self.done_at_start, self.saved = time.time(), self.done, self.step
-        self.note(self.step)
-        self.signal = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.take_signal)
+        self.capture(self.step, position)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+                signal.signal(number, self.take_signal)
 
     def open_metrics(self):
         """metrics.jsonl as it was when the checkpoint was made, to add to."""
         before = b""
-        if self.source:
+        if self.source and not (self.source / "metrics.jsonl").exists():
+            self.say(f"{self.source / 'metrics.jsonl'} is missing: what it held until step "
+                     f"{self.step} is lost, the run goes on")
+        elif self.source:
             before = (self.source / "metrics.jsonl").read_bytes()[:self.meta["metrics_bytes"]]
         atomic_write(self.folder / "metrics.jsonl", before)
         self.metrics = open(self.folder / "metrics.jsonl", "a")
 
     def make_batches(self, stream, rows):
         """The loader's thread: makes the next batch while a step is computed. It is a daemon, so it
-        never keeps the program from ending."""
+        never keeps the program from ending. What goes wrong is for the main thread to say."""
         batch = problem = None
         while problem is None:
             try:
                 batch = stream.batch(rows)
             except SystemExit as e:                         # a line that a user can act on
-                batch, problem = None, str(e)
-            except BaseException as e:
-                batch, problem = None, f"the loader failed: {one_line(e)}"
-                if getattr(e, "errno", None) in DISK_ERRORS:
-                    problem = cannot_write(e)
-                else:
-                    traceback.print_exc()
+                problem = str(e)
+            except OSError as e:
+                problem = one_line(e)
+            except BaseException:
+                problem = f"the loader failed:\n{traceback.format_exc()}"
             self.batches.put((batch, problem, stream.state()))
 
     def next_batch(self):
-        """Inputs and targets of the next step, int64 (rows, T) each, the same on all processes. If
-        there are none, saves what was noted and ends the program."""
+        """Inputs and targets of the next step, (rows, T) each, the same on all processes. If there
+        are none, or the run was asked to stop, saves and ends the program."""
         self.step_began, ready = time.time(), False
-        batch = problem = None
+        batch = problem = position = None
         while not ready:
-            self.heed_stop()
-            try:
-                if self.env.rank == 0:
+            with contextlib.suppress(queue.Empty):
+                if self.env.rank == 0 and not self.signal:
                     batch, problem, position = self.batches.get(timeout=0.5)
-                    ready = True
-            except queue.Empty:
-                pass
-            ready, problem = from_rank_0((ready, problem), self.env)
-        self.waited = time.time() - self.step_began
-        if problem:
-            self.save()
-            self.end(problem, 1)
-        if self.env.rank == 0:
-            self.position = position
-        return rows_from_rank_0(batch, self.env)
+            ready, failed, stop, used = largest_of_all(
+                [batch is not None, bool(problem), bool(self.signal),
+                 (position or {}).get("used", 0)], self.env)
+            if stop:
+                self.stop()
+            if failed:
+                self.save()
+                self.end(problem, 1)
+        self.waited, self.position, self.used = time.time() - self.step_began, position, used
+        return rows_from_rank_0(batch, self.shape, self.env)
 
-    def end_of_step(self, step, loss, done, **record):
+    def end_of_step(self, step, loss, done, lr_factor, **record):
         """After a step, `step` being the number of steps done: prints and logs it, saves when that
-        is due, ends the program if it was asked to stop. loss: a tensor. done: what part of the run
-        is done, 0 to 1."""
+        is due. loss: a tensor. done: what part of the run is done, 0 to 1."""
         loss = loss.item()                                  # the step's one wait for the device
         if not math.isfinite(loss):
             self.not_finite(f"the loss of step {step} is {loss}")
@@ -1037,27 +1367,35 @@ class Run:
         self.loop["total_training_time"] += seconds
         self.loop["smooth_train_loss"] = 0.9 * self.loop["smooth_train_loss"] + 0.1 * loss
         smooth = self.loop["smooth_train_loss"] / (1 - 0.9 ** step)
-        factor = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["initial_lr"]
         speed = self.cfg.total_batch_size / seconds
         flops = speed * self.model.flops_per_token() / self.env.world
         mfu = f" | mfu {100 * flops / self.env.peak_flops:.1f}%" if self.env.peak_flops else ""
         left = (time.time() - self.started) / (done - self.done_at_start) * (1 - done)
         left = datetime.timedelta(seconds=round(left))
-        self.say(f"step {step:05d} | {100 * done:5.1f}% | loss {smooth:.4f} | lr {factor:.3f} | "
+        self.say(f"step {step:05d} | {100 * done:5.1f}% | loss {smooth:.4f} | lr {lr_factor:.3f} | "
                  f"{speed:,.0f} tok/s{mfu} | {seconds:.2f} s | left {left}")
-        self.log(step=step, loss=loss, lr_factor=factor, use_rope=self.model.use_rope,
+        self.log(step=step, loss=loss, lr_factor=lr_factor, use_rope=self.model.use_rope,
                  tokens=step * self.cfg.total_batch_size, seconds=seconds, waited=self.waited,
                  **record)
-        self.note(step)
-        if done < 1:
-            if step % self.cfg.save_every == 0 or step in self.keep:
-                self.save()
-            self.heed_stop()
+        self.capture(step, self.position)
+        if done == 1 or step % self.cfg.save_every == 0 or step in self.keep:
+            self.save()
 
-    def validated(self, step, val_bpb, tokens):
-        """Prints and logs a validation on so many tokens."""
+    def validate(self, model, rows, n):
+        """(bits per byte of the first n of the ValidationRows, their tokens). model: compiled or
+        not. A request to stop is followed at once; on the way no process waits for another."""
+        rows.pack(n, self.check_stop)
+        val_bpb, tokens, stopped = rows.bits_per_byte(model, n, lambda: self.signal)
+        if stopped:
+            self.stop()
+        return val_bpb, tokens
+
+    def validated(self, step, val_bpb, tokens, sample=True):
+        """Prints and logs a validation on so many tokens. sample: it is one of the equal ones on
+        the way, whose least goes into the meta file."""
         self.val_bpb = val_bpb
-        self.loop["min_val_bpb"] = min(self.loop["min_val_bpb"], val_bpb)
+        if sample:
+            self.loop["min_val_bpb"] = min(self.loop["min_val_bpb"], val_bpb)
         self.say(f"step {step:05d} | val bpb {val_bpb:.4f} on {tokens:,} tokens, "
                  f"RoPE {'on' if self.model.use_rope else 'off'}")
         self.log(step=step, val_bpb=val_bpb, eval_tokens=tokens, use_rope=self.model.use_rope)
@@ -1065,7 +1403,7 @@ class Run:
     def say(self, text):
         """Prints on rank 0."""
         if self.env.rank == 0:
-            print(text, flush=True)
+            say(text)
 
     def log(self, **record):
         """Adds a line to metrics.jsonl."""
@@ -1074,68 +1412,76 @@ class Run:
             self.metrics.flush()
 
     def take_signal(self, number, frame):
-        """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C ask the run to stop. Ctrl-C after any
-        of them does not wait."""
+        """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal) and Ctrl-C ask the
+        run to stop. Ctrl-C after any of them does not wait."""
         if number == signal.SIGINT and self.signal:
             sys.exit("interrupted")
         if self.signal is None and self.env.rank == 0:
-            os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
         self.signal = signal.Signals(number).name
 
-    def heed_stop(self):
-        """Saves and ends the run where any process was asked to stop."""
-        if any_process(self.signal, self.env):
-            self.save()
-            self.end(f"{self.signal or 'a signal to another process'}", INTERRUPTED)
+    def check_stop(self):
+        """Saves and ends the run if any process was asked to stop."""
+        if largest_of_all([bool(self.signal)], self.env)[0]:
+            self.stop()
+
+    def stop(self):
+        self.save()
+        self.end(f"{self.signal or 'a signal to another process'}", INTERRUPTED)
 
     def end(self, why, status):
         """Ends the program before the run is done."""
         if self.env.rank == 0:
-            print(f"stopped at step {self.noted['step']}: {why}. The same command resumes from "
-                  f"step {self.saved}", file=sys.stderr)
+            with contextlib.suppress(OSError):              # where the terminal is gone
+                print(f"stopped at step {self.state['step']}: {why}. The same command resumes from "
+                      f"step {self.saved}", file=sys.stderr, flush=True)
         sys.exit(status)
 
-    def note(self, step):
-        """Remembers all that checkpoint `step` holds beside the weights and the optimizer."""
-        self.noted = dict(step=step, val_bpb=self.val_bpb, done=self.done,
-                          loop_state={**self.loop, "use_rope": self.model.use_rope})
+    def capture(self, step, position):
+        """self.state of checkpoint `step`. position: of the stream, after that step's batch."""
+        self.state, self.position = dict(step=step, val_bpb=self.val_bpb, done=self.done), position
+        self.state["loop_state"] = {**self.loop, "use_rope": self.model.use_rope}
         if self.env.rank == 0:
-            self.noted["metrics_bytes"], self.noted_position = self.metrics.tell(), self.position
+            self.state["metrics_bytes"] = self.metrics.tell()
+            self.state["position"] = position
 
-    def save(self, **more):
-        """Writes the checkpoint that was noted, unless it is there already."""
-        step = self.noted["step"]
-        if step == self.saved and not more:
-            return
-        if self.env.rank == 0:
+    def save(self):
+        """Writes self.state, weights and optimizer, unless they are there already. All processes
+        wait until that is done: torchrun kills those that are left soon after one has ended."""
+        step = self.state["step"]
+        if step != self.saved and self.env.rank == 0:
             for name, p in self.model.named_parameters():
                 if not torch.isfinite(p).all():
                     self.not_finite(f"at step {step} {name} is not finite")
             os.fsync(self.metrics.fileno())
-            position = {k: v for k, v in self.noted_position.items() if not torch.is_tensor(v)}
-            meta = dict(model_config=dataclasses.asdict(self.model.config), recipe=self.recipe,
-                        dataloader_state_dict=position,
-                        user_config=dataclasses.asdict(self.cfg), max_seq_len=self.cfg.max_seq_len,
+            meta, loader = dict(self.state), self.state["position"]
+            del meta["position"]
+            shown = {k: v for k, v in loader.items() if not torch.is_tensor(v)}
+            micro = largest_divisor(self.shape[1] // self.env.world, self.env.micro)
+            meta.update(model_config=dataclasses.asdict(self.model.config), recipe=self.recipe,
+                        data=self.data, user_config=dataclasses.asdict(self.cfg),
+                        max_seq_len=self.cfg.max_seq_len, device_batch_size=micro,
                         total_batch_size=self.cfg.total_batch_size, processes=self.env.world,
-                        device_batch_size=self.env.micro, finished=False, **self.noted)
-            save_checkpoint(self.folder, step, self.model, self.optimizer, self.noted_position,
-                            {**meta, **self.facts, **more}, self.keep)
+                        dataloader_state_dict=shown, finished=False)
+            save_checkpoint(self.folder, step, self.model, self.optimizer, loader,
+                            {**meta, **self.facts}, self.keep)
+        largest_of_all([0], self.env)
         self.saved = step
 
     def finish(self, **more):
-        """The last checkpoint, marked as finished."""
-        self.note(self.noted["step"])
-        self.save(finished=True, **more)
+        """Marks the last checkpoint as finished, and adds the last validation to its meta file."""
+        if self.env.rank == 0:
+            self.capture(self.state["step"], None)
+            os.fsync(self.metrics.fileno())
+            del self.state["position"]
+            meta = {**read_meta(self.folder, self.saved), **self.state, "finished": True, **more}
+            path = checkpoint_files(self.folder, self.saved)["meta"]
+            atomic_write(path, json.dumps(meta, indent=1))
+        largest_of_all([0], self.env)
         self.say(f"finished: {self.folder}, val bpb {self.val_bpb:.4f}, "
                  f"{self.loop['total_training_time'] / 60:.1f} minutes of training")
 
     def not_finite(self, what):
         sys.exit(f"{what}. The same command resumes from the last checkpoint (step {self.saved}), "
-                 "or begin anew with lower learning rates")
-
-
-def load_weights(model, optimizer, folder, step, device):
-    """Loads model and optimizer in place, and with them whether the model has RoPE."""
-    model.load_state_dict(load_part(folder, step, "model", device))
-    optimizer.load_state_dict(load_part(folder, step, "optim", device))
-    model.use_rope = read_use_rope(folder, step)
+                 "or start over with lower learning rates")

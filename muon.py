@@ -64,7 +64,7 @@ def orthogonalize_shared(G, steps, dtype):
     padded = torch.cat([G, G.new_zeros(share * world - len(G), *G.shape[1:])])
     mine = polar_express(padded[rank * share:(rank + 1) * share], steps, dtype)
     everyone = mine.new_empty(padded.shape)
-    dist.all_gather_into_tensor(everyone, mine.contiguous())
+    dist.all_gather(list(everyone.chunk(world)), mine.contiguous())
     return everyone[:len(G)]
 
 
@@ -126,7 +126,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A parameter without gradient is left alone, and so is its state.
     compile: torch.compile for Muon's update in a single process, one graph for each of <= 8 shapes.
-    All processes hold the whole state and expect gradients already averaged among them.
+    Several processes (DDP): each holds all weights and all state, and expects gradients already
+    averaged. Sharded parameters (FSDP) are refused: a shard of a matrix has other singular values.
     ValueError: no kind, no lr, or a muon group of anything but float32 matrices of one shape."""
 
     # These two belong to the class, since a copied or unpickled optimizer has none of its own
@@ -149,6 +150,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().add_param_group({**DEFAULTS[kind], "initial_lr": group["lr"], **group})
         params = self.param_groups[-1]["params"]
         found = sorted({f"{tuple(p.shape)} {p.dtype}" for p in params})
+        if any(hasattr(p, "full_tensor") for p in params):  # a DTensor
+            self.param_groups.pop()
+            raise ValueError("MuonAdamW: parameters sharded by FSDP are not supported: use DDP, or "
+                             "make the optimizer of whole parameters")
         good = len(found) == 1 and params[0].ndim == 2 and params[0].dtype == torch.float32
         if kind == "muon" and params and not good:
             self.param_groups.pop()

@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (GPT, FetchError, GPTConfig, Run, accumulate_gradients, atomic_write,
-                   attention_kernel, base_dir, bits_per_byte, checkpoint_steps, compile_model,
-                   fetch, from_rank_0, guard, load_tokenizer, log_head, newest_checkpoint, one_line,
-                   parse_config, read_meta, retry, rows_at_a_time, rows_of_a_step, set_fp8,
-                   setup_env, token_bytes, tokenizer_hash)
+from model import (GPT, FetchError, GPTConfig, Run, ValidationRows,
+                   accumulate_gradients, atomic_write, attention_kernel, base_dir, check_checkpoint,
+                   checkpoint_steps, compile_model, difference, encode, fetch, file_hash,
+                   from_rank_0, guard, largest_divisor, load_part, load_tokenizer, log_head,
+                   one_line, parse_config, read_meta, retry, rows_at_a_time, rows_of_a_step, say,
+                   set_fp8, setup_env, text_column, token_bytes, tokenizer_hash)
 from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
@@ -42,11 +43,11 @@ class Config:                           # the comments are the help; "> 0" and "
     drope: int | None = None            # percent of steps with RoPE, 0 to 99; not given: RoPE stays
     tag: str = ""                       # name of the run; not given: as in d18_9tpp_drope_50
     dataset: str = "karpathy/climbmix-400b-shuffle"     # on the hub; "local": what is in data_dir
-    data_dir: str = ""                  # of the shards; not given: data/climbmix in the base folder
-    tokenizer_dir: str = ""             # not given: tokenizer in the base folder
-    max_seq_len: int = 4096             # tokens of a row, > 0
-    total_batch_size: int | None = None # tokens of a step, > 0; not given: from the depth
-    device_batch_size: int | None = None    # rows at a time on a device at most, > 0
+    data_dir: str = ""                  # of the shards; default: data/climbmix in the base folder
+    text_column: str = "text"           # of the shards
+    max_seq_len: int = 4096             # tokens of a row, 1 to 1048576
+    total_batch_size: int | None = None # tokens of a step, 1 to 1073741824; default: by the depth
+    device_batch_size: int | None = None    # rows at a time on a device at most, 1 to 1000000
     embedding_lr: float = 0.3           # AdamW, reference value (see derive), 0 to 100
     unembedding_lr: float = 0.008       # AdamW, reference value, 0 to 100
     matrix_lr: float = 0.02             # Muon, reference value, 0 to 100
@@ -63,15 +64,13 @@ class Config:                           # the comments are the help; "> 0" and "
     plan: tuple = ()                    # print steps, tokens, hours, disk of these tags, and stop
     speed: float = 170_000              # of the plan: tokens/s for d18, modelled for an H100, > 0
     bench: bool = False                 # time steps on random tokens, print one JSON line, and stop
-    vocab_size: int = 32768             # of --bench and --plan, > 0; a run takes its tokenizer's
+    vocab_size: int = 32768             # of --bench and --plan, 1 to 1000000; else the tokenizer's
 
 
-# What a resumed run must not change
-RECIPE = ("depth", "tpp", "drope", "dataset", "max_seq_len", "total_batch_size", "embedding_lr",
-          "unembedding_lr", "matrix_lr", "weight_decay", "eval_every", "eval_tokens", "eval_sample",
-          "fp8")
+# What changes the weights, so that a resumed run must have the same
+RECIPE = ("depth", "tpp", "drope", "text_column", "max_seq_len", "total_batch_size", "embedding_lr",
+          "unembedding_lr", "matrix_lr", "weight_decay", "fp8")
 SHARD_TOKENS, SHARD_BYTES = 54e6, 92e6  # of a shard of the dataset, roughly
-VALIDATION = "shard_06542.parquet"      # never trained on
 
 
 # ---- Everything that follows from depth, tokens per parameter and drope -------------------------
@@ -105,7 +104,6 @@ def resolve(cfg):
     if cfg.keep and not re.fullmatch(r"\d{1,2}(\.\d+)?(,\d{1,2}(\.\d+)?)*", cfg.keep):
         sys.exit(f"--keep {cfg.keep}: percents below 100 with commas between, such as 25,50,75")
     cfg.data_dir = cfg.data_dir or str(base_dir() / "data" / "climbmix")
-    cfg.tokenizer_dir = cfg.tokenizer_dir or str(base_dir() / "tokenizer")
 
 
 @dataclass
@@ -151,31 +149,38 @@ def derive(cfg, vocab_size):
     return Derived(config, N, batch, steps, switch, lrs, weight_decay)
 
 
-def check_sizes(cfg, env, derived):
+def check_sizes(cfg, derived, world=1):
     """The rows of a step. Exits with one line if the sizes do not fit together."""
-    rows = rows_of_a_step(derived.batch, cfg.max_seq_len, env.world)
-    if not 1 <= derived.steps < 1_000_000:
-        sys.exit(f"--tpp {cfg.tpp:g} at depth {cfg.depth} makes {derived.steps:,} steps of "
+    rows, steps = rows_of_a_step(derived.batch, cfg.max_seq_len, world), derived.steps
+    if not 1 <= steps < 1_000_000:
+        sys.exit(f"--tpp {cfg.tpp:g} at depth {cfg.depth} makes {steps:,} steps of "
                  f"{derived.batch:,} tokens, not 1 to 999,999: change --tpp or --total-batch-size")
+    if cfg.drope and not 0 < derived.switch < steps:
+        sys.exit(f"--drope {cfg.drope}: of only {steps:,} steps that is step {derived.switch:,}, "
+                 "so there would be none with RoPE, or none without: use another percentage")
     return rows
 
 
 # ---- Shards: which there are, and fetching the next ones ahead ----------------------------------
 
 class Shards:
-    """The training shards in order, and the validation shard. What is missing is fetched."""
+    """The training shards, sorted by name; the last file is the validation set. What is missing is
+    fetched. sha256: {name: hash} of those that are known, from the hub or from reading them."""
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
         self.revision, self.sha256 = "local", {}
+        self.advice = "put the right file there"
+        names = [path.name for path in self.folder.glob("[!.]*.parquet")]
         if cfg.dataset != "local":
             self.revision, self.sha256 = self.index()
-        names = set(self.sha256) | {path.name for path in self.folder.glob("shard_*.parquet")}
-        names = sorted(name for name in names if re.fullmatch(r"shard_\d{5}\.parquet", name))
-        if len(names) < 2 or VALIDATION not in names:
-            sys.exit(f"{self.folder} lacks training shards (shard_00000.parquet ...) or that for "
-                     f"validation, {VALIDATION}: put them there, or leave out --dataset local")
-        self.names = [name for name in names if name != VALIDATION]
+            self.advice = "delete it, and it is fetched again"
+            names = [name for name in self.sha256 if name.endswith(".parquet")]
+        if len(names) < 2:
+            sys.exit(f"{self.folder} has {len(names)} .parquet files, and at least 2 are needed: "
+                     "sorted by name, the last one is the validation set. Put them there, or leave "
+                     "out --dataset local")
+        *self.names, self.validation = sorted(names)
 
     def index(self):
         """(revision, {name: sha256}) of the hub, which stay in the folder: later runs read the same
@@ -189,14 +194,16 @@ class Shards:
             index = dict(dataset=dataset, revision=info.sha, sha256=sha256)
             atomic_write(path, json.dumps(index, indent=0))
         try:
-            index = json.loads(path.read_text())
-            there, found = index["dataset"], (index["revision"], index["sha256"])
-        except (ValueError, LookupError, TypeError):
-            sys.exit(f"{path} is damaged: delete it, and it is fetched anew")
+            index = json.loads(path.read_text("utf-8"))
+            there, revision, sha256 = index["dataset"], index["revision"], index["sha256"]
+            if not all(isinstance(value, str) for value in [revision, *sha256.values()]):
+                raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError):
+            sys.exit(f"{path} is damaged: delete it, and it is fetched again")
         if there != dataset:
             sys.exit(f"{self.folder} holds shards of {there}, not of {dataset}: choose another "
                      "--data-dir")
-        return found
+        return revision, sha256
 
     def get(self, name):
         """The path of a shard, once it is there. FetchError after cfg.patience seconds."""
@@ -206,11 +213,21 @@ class Shards:
         if self.cfg.dataset == "local":
             raise FetchError(f"{path} is missing")
         return fetch(self.cfg.dataset, name, path, revision=self.revision,
-                     sha256=self.sha256.get(name), patience=self.cfg.patience)
+                     patience=self.cfg.patience)
+
+    def hash(self, name):
+        """The sha256 of a shard. FetchError if it is not the known one: of the hub, or of the file
+        that this run, or the one that it branches off, has read."""
+        path = self.get(name)
+        sha256 = file_hash(path)
+        if self.sha256.setdefault(name, sha256) != sha256:
+            raise FetchError(f"{path} is damaged, or not the file that this run began with (its "
+                             f"sha256 is another): {self.advice}")
+        return sha256
 
     def fetch_ahead(self, name):
-        """Begins to download a shard in the background. Whoever needs it before it is there waits
-        in get(), for fetch's lock; if this thread fails, that get() tries anew and says why."""
+        """Begins to download a shard in the background. get() blocks until that is complete; if it
+        fails, get() tries again and says why."""
         def attempt():
             with contextlib.suppress(OSError, FetchError):
                 self.get(name)
@@ -219,21 +236,16 @@ class Shards:
 
     def read(self, name, group=None):
         """The documents of a row group, or without `group` the number of row groups."""
-        import pyarrow, pyarrow.parquet as pq
-        path = self.get(name)
+        import pyarrow
+        path, column = self.get(name), self.cfg.text_column
         try:
-            with pq.ParquetFile(path) as shard:
-                if shard.metadata.num_rows == 0:
-                    raise pyarrow.ArrowInvalid("it has no rows")
+            with text_column(path, column) as shard:
                 if group is None:
                     return shard.num_row_groups
-                texts = shard.read_row_group(group, ["text"])["text"].to_pylist()
+                texts = shard.read_row_group(group, [column])[column].to_pylist()
                 return [text or "" for text in texts]
-        except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as e:
-            advice = "put a whole one there"
-            if name in self.sha256:
-                advice = "delete it, and it is fetched anew"
-            raise FetchError(f"{path} cannot be read ({one_line(e)}): {advice}") from None
+        except (pyarrow.ArrowException, OSError, ValueError, LookupError) as e:
+            raise FetchError(f"{path} cannot be read ({one_line(e)}): {self.advice}") from None
 
 
 # ---- Rows: best-fit packing ---------------------------------------------------------------------
@@ -255,34 +267,45 @@ class PackedRows:
         self.buffer, self.lengths = [], np.empty(0, np.int64)   # documents, and their tokens
         self.seen = self.cut = 0                                # tokens
         if state:
+            self.resume(state)
+
+    def resume(self, state):
+        """Goes on from a state(). Exits if it does not fit the shards."""
+        try:
             self.epoch, self.shard, self.group = state["epoch"], state["pq_idx"], state["rg_idx"]
             self.row, self.seen, self.cut = state["row"], state["seen"], state["cut"]
             self.lengths = state["lengths"].numpy()
             self.buffer = [d.numpy() for d in state["tokens"].split(self.lengths.tolist())]
-            began = (state["revision"], state["names"])
-            if began != (shards.revision, names[:len(state["names"])]):
-                sys.exit(f"{shards.folder} is not as this run knew it: it has read {began[1]} of "
-                         f"revision {began[0]}. Put those back")
+            known, read = self.shards.sha256, state["shards"]
+            names = list(self.names) if self.epoch else list(self.names[:len(read)])
+            if list(read) != names or any(known.get(n, sha) != sha for n, sha in read.items()):
+                sys.exit(f"{self.shards.folder} does not hold the shards that this run has read "
+                         f"({', '.join(read)}), or others as well: put just those back")
+            known.update(read)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+            sys.exit(f"the loader's state does not fit the shards ({one_line(e)})")
 
     def state(self):
         """All that is needed to go on from here."""
         tokens = np.concatenate([np.empty(0, np.int32), *self.buffer])
+        names = self.names if self.epoch else self.names[:self.shard + 1]
+        read = {name: self.shards.sha256[name] for name in names if name in self.shards.sha256}
         return dict(epoch=self.epoch, pq_idx=self.shard, rg_idx=self.group, row=self.row,
                     seen=self.seen, cut=self.cut, tokens=torch.from_numpy(tokens),
-                    lengths=torch.from_numpy(self.lengths.copy()),
-                    names=self.names[:self.shard + 1], revision=self.shards.revision)
+                    lengths=torch.from_numpy(self.lengths.copy()), shards=read)
 
     def next_texts(self):
         """Reads the row group that is due, into self.texts; False after the last epoch."""
         if self.shard == len(self.names):
             self.epoch, self.shard = self.epoch + 1, 0
             if self.epoch != self.epochs:
-                print(f"epoch {self.epoch + 1}: documents repeat, all {len(self.names)} shards are "
-                      "read", flush=True)
+                say(f"epoch {self.epoch + 1}: documents repeat, all {len(self.names)} shards are "
+                    "read")
         if self.epoch == self.epochs:
             return False
         name = self.names[self.shard]
         if self.groups is None:
+            self.shards.hash(name)
             self.groups = self.shards.read(name)
             for ahead in self.names[self.shard + 1:self.shard + 3]:
                 self.shards.fetch_ahead(ahead)
@@ -294,7 +317,7 @@ class PackedRows:
         if self.texts is None and not self.next_texts():
             return False
         texts, body, new = self.texts[self.row:self.row + 128], self.row_len - 1, []
-        for ids in self.enc.encode_ordinary_batch(texts, num_threads=4):
+        for ids in encode(self.enc, texts):
             for start in range(0, max(1, len(ids)), body):
                 new.append(np.array([self.bos] + ids[start:start + body], dtype=np.int32))
         self.buffer += new
@@ -316,7 +339,7 @@ class PackedRows:
             if not self.buffer:
                 return None
             fitting = np.where(self.lengths <= room, self.lengths, 0)
-            best = int(fitting.argmax())                    # the longest, of equals the earliest
+            best = int(fitting.argmax())                    # the longest (ties: the earliest)
             if fitting[best] == 0:                          # none fits
                 best = int(self.lengths.argmin())
                 self.cut += int(self.lengths[best]) - room
@@ -326,37 +349,18 @@ class PackedRows:
         return np.concatenate(row)
 
     def batch(self, rows):
-        """int32 (2, rows, T), inputs and targets; fewer rows where the documents have run out."""
+        """int32 (2, rows, T), inputs and targets; fewer rows where the documents run out, and None
+        where there is none. FetchError if there is no text in them."""
         made = []
         while len(made) < rows and (row := self.next_row()) is not None:
             made.append(row)
-        made = np.array(made, dtype=np.int32).reshape(-1, self.row_len)
+        if not made:
+            return None
+        made = np.array(made, dtype=np.int32)
+        if (made == self.bos).all():
+            raise FetchError(f"{self.shards.folder} holds documents without text in column "
+                             f"{self.shards.cfg.text_column!r}: use other shards")
         return np.stack((made[:, :-1], made[:, 1:]))
-
-
-# ---- Validation ---------------------------------------------------------------------------------
-
-class Validation:
-    """Bits per byte of the first rows of the packed validation shard. They are packed when they are
-    first needed: few on the way, all at the end."""
-
-    def __init__(self, model, run, shards, enc):
-        self.model, self.run, self.T = model, run, run.cfg.max_seq_len
-        self.nbytes, self.rows = token_bytes(enc).to(run.env.device), None
-        if run.env.rank == 0:
-            shards.get(VALIDATION)                          # while Ctrl-C still ends the program
-            self.stream = PackedRows(shards, [VALIDATION], enc, self.T + 1, epochs=1)
-            self.rows = self.stream.batch(0)                # (2, 0, T)
-
-    def __call__(self, tokens):
-        wanted, rows = max(1, tokens // self.T), None
-        if self.run.env.rank == 0:
-            more = self.stream.batch(wanted - self.rows.shape[1])
-            self.rows = np.concatenate((self.rows, more), axis=1)
-            rows = self.rows[:, :wanted]
-            if rows.shape[1] < wanted:
-                print(f"validation shard: {rows.shape[1]} rows, not {wanted}; all are taken")
-        return bits_per_byte(self.model, rows, self.nbytes, self.run.env, self.run.heed_stop)
 
 
 @torch.no_grad()
@@ -370,12 +374,12 @@ def sample(model, enc, prompt, n=48):
     return enc.decode(ids[1:])
 
 
-# ---- Other things than a run: --fetch, --plan, --bench ------------------------------------------
+# ---- Other commands: --fetch, --plan, --bench ---------------------------------------------------
 
 def fetch_only(cfg):
     """Downloads the first shards and the validation shard."""
     shards = Shards(cfg)
-    for name in [*shards.names[:cfg.fetch], VALIDATION]:
+    for name in [*shards.names[:cfg.fetch], shards.validation]:
         start, there = time.time(), (shards.folder / name).exists()
         path = shards.get(name)
         how = "there" if there else f"fetched in {time.time() - start:.1f} s"
@@ -384,13 +388,18 @@ def fetch_only(cfg):
         print(f"--fetch {cfg.fetch}: there are only {len(shards.names)} training shards")
 
 
-def plan(cfg):
-    """Prints what each tag costs. Hours: its FLOPs, at the FLOPs per second of d18 at cfg.speed."""
-    def flops_per_token(derived):
-        return 6 * derived.N + 6 * derived.config.n_layer * derived.config.n_embd * cfg.max_seq_len
+def hours_of(cfg, derived, steps):
+    """Hours for so many steps: their FLOPs, at the FLOPs per second of d18 at cfg.speed."""
+    def flops_per_token(sizes):
+        return 6 * sizes.N + 6 * sizes.config.n_layer * sizes.config.n_embd * cfg.max_seq_len
 
-    d18 = replace(cfg, depth=18, tpp=9.0, drope=None, tag="")
-    flops = cfg.speed * flops_per_token(derive(d18, cfg.vocab_size))
+    d18 = derive(replace(cfg, depth=18, tpp=9.0, drope=None, tag=""), cfg.vocab_size)
+    tokens = steps * derived.batch
+    return tokens * flops_per_token(derived) / (cfg.speed * flops_per_token(d18)) / 3600
+
+
+def plan(cfg):
+    """Prints what each tag costs. Exits with one line if its sizes do not fit together."""
     planned, total_hours, total_disk, most_shards = set(), 0.0, 0.0, 0
     print("tag                         steps  tokens shards hours   disk  pretraining")
     for tag in cfg.plan:
@@ -398,10 +407,12 @@ def plan(cfg):
         one = replace(cfg, depth=None, tpp=None, drope=None, tag=base)
         resolve(one)
         derived, trunk = derive(one, cfg.vocab_size), name_of(one.depth, one.tpp, None)
+        check_sizes(one, derived)
+        kept = checkpoint_steps(base_dir() / "base_checkpoints" / trunk)
         steps, how = derived.steps, "from scratch"
         if base in planned:
             steps, how = 0, f"that of {base}"
-        elif one.drope and trunk in planned:
+        elif one.drope and (trunk in planned or derived.switch in kept):
             steps, how = derived.steps - derived.switch, f"from step {derived.switch:,} of {trunk}"
         # A checkpoint holds for each parameter 4 bytes of weight and 4 of Muon's momentum, or 8 of
         # AdamW's moments in embedding and head. Pretraining and fine-tuning keep two each, a run
@@ -410,7 +421,7 @@ def plan(cfg):
         checkpoint = 8 * (derived.N + embedding) + 4 * 2 * embedding
         checkpoints = 2 + (0 if steps == 0 else 2) + (3 if steps and one.drope is None else 0)
         disk = checkpoints * checkpoint + 2 * 2 * (derived.N + embedding)
-        hours = steps * derived.batch * flops_per_token(derived) / flops / 3600
+        hours = hours_of(one, derived, steps)
         tokens = derived.steps * derived.batch
         shards = math.ceil(tokens / SHARD_TOKENS)
         print(f"{tag:26} {derived.steps:6,} {tokens / 1e9:6.2f}B {shards:6} {hours:5.1f} "
@@ -428,8 +439,8 @@ def bench(cfg, env):
     """One JSON line: the median of 20 steps on random tokens, after 3 to warm up."""
     derived = derive(cfg, cfg.vocab_size)
     derived.steps = 1                                       # whatever the tpp
-    rows = check_sizes(cfg, env, derived)
-    env.micro = rows_at_a_time(env, rows, cfg.max_seq_len, cfg.device_batch_size)
+    rows = check_sizes(replace(cfg, drope=None), derived, env.world)
+    env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     model, compiled, optimizer = make_model(cfg, derived, env)
     cuda = env.device.type == "cuda"
 
@@ -438,6 +449,8 @@ def bench(cfg, env):
         work()
         if cuda:
             torch.cuda.synchronize()
+        elif env.device.type == "mps":
+            torch.mps.synchronize()
         return time.time() - start
 
     x, y = torch.randint(cfg.vocab_size, (2, rows, cfg.max_seq_len), device=env.device)
@@ -451,7 +464,8 @@ def bench(cfg, env):
     size = 8192 if cuda else 2048
     a = torch.randn(size, size, device=env.device, dtype=env.dtype)
     matmul_seconds = np.median([seconds(lambda: a @ a) for _ in range(10)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024         # a Mac counts bytes, Linux KiB
     peak = torch.cuda.max_memory_allocated() if cuda else peak
     speed = derived.batch / step_seconds
     flops, matmul = speed * model.flops_per_token() / env.world, 2 * size ** 3 / matmul_seconds
@@ -461,7 +475,8 @@ def bench(cfg, env):
             torch=torch.__version__, depth=cfg.depth, compile=env.compile,
             dtype="fp8" if cfg.fp8 else str(env.dtype).removeprefix("torch."),
             attention=attention_kernel(env, model.config), processes=env.world, batch=derived.batch,
-            rows_at_a_time=env.micro, tokens_per_second=round(speed),
+            rows_at_a_time=largest_divisor(rows // env.world, env.micro),
+            tokens_per_second=round(speed),
             step_seconds=round(step_seconds, 4),
             mfu=env.peak_flops and round(flops / env.peak_flops, 4), tflops=round(flops / 1e12, 3),
             matmul_tflops=round(matmul / 1e12, 3), of_matmul_rate=round(flops / matmul, 3),
@@ -486,21 +501,40 @@ def make_model(cfg, derived, env):
 
 def find_trunk(run, shards, derived):
     """(folder, step) of the checkpoint that the run with RoPE kept at this run's switch, or None.
-    Up to there the two runs are the same, if their recipes are."""
-    cfg = run.cfg
+    Up to there the two runs are the same, if their recipes and data are."""
+    cfg, switch = run.cfg, derived.switch
+    if not cfg.drope:
+        return None
     folder = run.folder.parent / name_of(cfg.depth, cfg.tpp, None)
-    if not cfg.drope or derived.switch not in checkpoint_steps(folder):
-        return None
-    if newest_checkpoint(folder, [derived.switch]) is None:     # damaged, which it has said
-        return None
-    meta = read_meta(folder, derived.switch)
-    difference = run.difference(meta, but=("drope",))
-    if not difference and meta["revision"] != shards.revision:
-        difference = f"revision = {meta['revision']} of the shards, not {shards.revision}"
-    if difference:
-        run.say(f"starting from scratch: {folder} was trained with {difference}")
-        return None
-    return folder, derived.switch
+    problem = trunk_problem(run, shards, folder, switch)
+    if not problem:
+        return folder, switch
+    run.say(f"training from scratch: {problem}. The first {switch:,} of {derived.steps:,} steps, "
+            f"{switch * derived.batch / 1e9:.3g}B tokens, are those of a run with RoPE, and would "
+            f"be shared with it: {hours_of(cfg, derived, switch):.1f} hours at {cfg.speed:,.0f} "
+            "tokens/s for d18")
+
+
+def trunk_problem(run, shards, folder, switch):
+    """Why a run cannot branch off the checkpoint `switch` of the run in `folder`, or ""."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return f"{folder}, the same run with RoPE, is not there"
+    if switch not in steps:
+        return (f"{folder} has no checkpoint of step {switch:,}, only {steps}: it has not come so "
+                "far, or was trained with another --keep")
+    try:
+        check_checkpoint(folder, switch)
+    except SystemExit as e:
+        return str(e)
+    meta = read_meta(folder, switch)
+    different = run.difference(meta, but=("drope",)) or difference(meta.get("data", {}), run.data)
+    if different:
+        return f"{folder} was trained with {different}"
+    for name, sha256 in load_part(folder, switch, "loader")["shards"].items():
+        if (shards.sha256.get(name) or shards.hash(name)) != sha256:
+            return f"{folder} was trained with another {name}"
+    return ""
 
 
 def kept_steps(cfg, steps):
@@ -510,12 +544,14 @@ def kept_steps(cfg, steps):
 
 
 def set_schedules(optimizer, step, steps, weight_decay):
-    """Learning rates of all groups; momentum and weight decay of Muon's."""
+    """Learning rates of all groups; momentum and weight decay of Muon's. Returns lr_factor."""
+    factor = lr_factor(step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(step, steps)
+        group["lr"] = group["initial_lr"] * factor
         if group["kind"] == "muon":
             group["momentum"] = muon_momentum(step, steps)
             group["weight_decay"] = muon_weight_decay(step, steps, weight_decay)
+    return factor
 
 
 def main():
@@ -530,18 +566,22 @@ def main():
         return bench(cfg, env)
 
     # What to train, and where to begin: nothing, this run's newest checkpoint, or a trunk's
-    enc = load_tokenizer(cfg.tokenizer_dir)
+    enc = load_tokenizer(base_dir() / "tokenizer")
     derived = derive(cfg, enc.n_vocab)
     steps, switch = derived.steps, derived.switch
     cfg.total_batch_size = derived.batch
-    rows = check_sizes(cfg, env, derived)
-    env.micro = rows_at_a_time(env, rows, cfg.max_seq_len, cfg.device_batch_size)
+    rows = check_sizes(cfg, derived, env.world)
+    env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     recipe = {**{field: getattr(cfg, field) for field in RECIPE}, "tokenizer": tokenizer_hash(enc)}
     run = Run(base_dir() / "base_checkpoints" / cfg.tag, cfg, recipe, env)
     if run.meta.get("finished"):
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
-    shards = Shards(cfg) if env.rank == 0 else None
-    trunk = None
+    shards = data = trunk = None
+    if env.rank == 0:
+        shards = Shards(cfg)
+        data = {"validation_file": shards.validation,
+                "validation_sha256": shards.hash(shards.validation)}
+    run.same_data(data)
     if env.rank == 0 and run.source is None:
         trunk = find_trunk(run, shards, derived)
     trunk = from_rank_0(trunk, env)
@@ -550,16 +590,22 @@ def main():
         run.say(f"branching off {trunk[0]}, which is the same up to the switch")
 
     model, compiled, optimizer = make_model(cfg, derived, env)
-    stream = revision = None
+    stream = validation = None
     if env.rank == 0:
         log_head(cfg, derived, env, attention=attention_kernel(env, derived.config), rows=rows,
-                 tokenizer=recipe["tokenizer"], revision=shards.revision)
+                 tokenizer=recipe["tokenizer"], revision=shards.revision, **data)
         stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1, run.loader_state())
-        revision = shards.revision
-    validate = Validation(compiled, run, shards, enc)
+        validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
+    validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
+                                     token_bytes(enc), env)
     # Loads the checkpoint to start from, and with it whether the model still has RoPE
     run.start(model, optimizer, stream, rows, kept_steps(cfg, steps), steps=steps, switch=switch,
-              tokenizer=recipe["tokenizer"], revision=revision)
+              tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
+              validation_file=run.data["validation_file"])
+
+    def validate(tokens):
+        """Bits per byte of the first tokens of the validation set, or all if it has fewer."""
+        return run.validate(compiled, validation_rows, max(1, tokens // cfg.max_seq_len))
 
     for step in range(run.step, steps):
         # DroPE. RoPE makes attention learn fast, but ties it to the positions it has seen: beyond
@@ -569,26 +615,27 @@ def main():
         # rate stands at 1.00, 0.78 and 0.42 of its peak. The later the drop, the more the model has
         # learnt with RoPE, and the less it can still change.
         if step == switch and model.use_rope:
-            with_rope = validate(cfg.eval_sample)
+            with_rope, _ = validate(cfg.eval_sample)
             model.use_rope = False
-            without = validate(cfg.eval_sample)
+            without, _ = validate(cfg.eval_sample)
             run.say(f"step {step:05d} | RoPE is dropped: val bpb {with_rope:.4f} with it, "
                     f"{without:.4f} without")
             run.log(step=step, switch=True, val_bpb_with_rope=with_rope,
                     val_bpb_without_rope=without)
 
         if step % cfg.eval_every == 0:
-            run.validated(step, validate(cfg.eval_sample), cfg.eval_sample)
+            run.validated(step, *validate(cfg.eval_sample))
 
         x, y = run.next_batch()                             # (rows, T) each
-        set_schedules(optimizer, step, steps, derived.weight_decay)
+        factor = set_schedules(optimizer, step, steps, derived.weight_decay)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_of_step(step + 1, loss, done=(step + 1) / steps)
+        run.end_of_step(step + 1, loss, (step + 1) / steps, factor)
 
-    run.validated(steps, validate(cfg.eval_tokens), cfg.eval_tokens)
-    text = sample(model, enc, "The ")
+    # All is saved by now; the validation at the end takes minutes
+    run.validated(steps, *validate(cfg.eval_tokens), sample=False)
+    text = sample(model, enc, "The")
     run.say(f"sample: {text!r}")
     if env.rank == 0:
         cut = run.position["cut"] / run.position["seen"]

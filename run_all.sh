@@ -25,13 +25,14 @@
 #
 # Environment: NANOCHAT_BASE_DIR, the folder of all artifacts (out). GPUS, the training processes on
 # a machine (1, or what Slurm gave). TOK, PRETRAIN, SFT, EVAL: more options for the stages of a tag,
-# such as PRETRAIN="--device-batch-size 8" SFT="--skip identity". On two machines without Slurm, in
-# a folder that they share: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash run_all.sh ...
+# such as PRETRAIN="--device-batch-size 8" SFT="--skip identity --words 'my words.txt'". On your own
+# text: PRETRAIN="--dataset local --data-dir my/shards". On two machines without Slurm, in a folder
+# that they share: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash run_all.sh ...
 #
 # Needs Python 3.10 with venv, or uv; for a GPU driver 580, a C compiler and Python.h. d18 at 9
 # tokens per parameter takes 30 GB and 4.8 hours of pretraining (on an H100 in bfloat16, modelled at
 # 170,000 tokens/s, not measured; the "4 hours" of the model card were FP8 runs).
-set -euo pipefail
+set -eo pipefail        # without -u, for which old versions of bash take an empty array
 
 # A _long tag fine-tunes the base model of the tag without _long. A drope tag branches off the run
 # with RoPE of its depth and tokens per parameter, where that came before.
@@ -51,11 +52,14 @@ HERE="$(dirname "$0")"          # Slurm runs a copy of this file, in the folder 
 [ -e pretrain.py ] || die "start it in the folder of the repository, not in $PWD"
 
 BASE="${NANOCHAT_BASE_DIR:-out}"
-TOK="${TOK:-}" PRETRAIN="${PRETRAIN:-}" SFT="${SFT:-}" EVAL="${EVAL:-}"
+[[ "$BASE" != -* ]] || BASE="./$BASE"
+for name in TOK PRETRAIN SFT EVAL; do   # as arrays of words; quotes keep spaces within a word
+    eval "$name=(${!name})" 2>/dev/null || die "$name=${!name}: its quotes do not match"
+done
 GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" NODES="${NODES:-${SLURM_NNODES:-1}}"
 HEAD="${HEAD:-}" NODE_RANK="${NODE_RANK:-0}" SPEED="" DRY=""
 for number in "GPUS=$GPUS" "NODES=$NODES"; do
-    [[ "$number" =~ =[1-9][0-9]{0,3}$ ]] || die "$number: a whole number is wanted, 1 or more"
+    [[ "$number" =~ =[1-9][0-9]{0,3}$ ]] || die "$number: must be a whole number, 1 or more"
 done
 if [ "$NODES" != 1 ] && [ -z "${SLURM_JOB_NODELIST:-}" ]; then
     [[ "$HEAD" =~ ^[^:]+:[0-9]+$ && "$NODE_RANK" =~ ^[0-9]{1,4}$ ]] ||
@@ -63,6 +67,7 @@ if [ "$NODES" != 1 ] && [ -z "${SLURM_JOB_NODELIST:-}" ]; then
 fi
 export NANOCHAT_BASE_DIR="$BASE"
 export OMP_WAIT_POLICY=PASSIVE  # threads that wait must not spin where others use the machine, too
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170       # seconds for saving, until torchrun kills
 ALLOC="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"        # less memory lost in gaps
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-$ALLOC}"
 
@@ -165,7 +170,7 @@ print(probe.getsockname()[0])'
 # A stage that is the work of all processes; torchrun brings those of several machines together.
 # The first machine has other stages to do, for which the others wait up to an hour.
 train() {
-    local torchrun="torchrun --nnodes $NODES --nproc-per-node $GPUS --shutdown-timeout 170"
+    local torchrun="torchrun --nnodes $NODES --nproc-per-node $GPUS"
     local meet="--rdzv-backend c10d --rdzv-id nanochat --rdzv-endpoint"
     if [ "$NODES $GPUS" = "1 1" ]; then
         stage python "$@"
@@ -185,26 +190,33 @@ train() {
 
 # ---- The way of the tags -------------------------------------------------------------------------
 
-plan() { python pretrain.py $PRETRAIN --tag "${1%_long}" --plan "$@" ${SPEED:+--speed $SPEED}; }
+plan() {
+    python pretrain.py "${PRETRAIN[@]}" --tag "${1%_long}" --plan "$@" ${SPEED:+--speed $SPEED}
+}
 
 all_stages() {
-    local tag data="$BASE/data/climbmix" named='--data-dir[= ]+([^ ]+)'
-    if [[ "$PRETRAIN" =~ $named ]]; then data="${BASH_REMATCH[1]}"; fi
+    local tag i shards=()       # the options of PRETRAIN that say which text the tokenizer reads
+    for i in "${!PRETRAIN[@]}"; do
+        case "${PRETRAIN[i]}" in
+            --data-dir|--text-column) shards+=("${PRETRAIN[i]}" "${PRETRAIN[i+1]}");;
+            --data-dir=*|--text-column=*) shards+=("${PRETRAIN[i]}");;
+        esac
+    done
     if [ "$NODE_RANK" = 0 ]; then       # all options are checked before anything trains
-        python tok.py $TOK --check
-        python sft.py $SFT --tag "$1" --check
-        python eval.py $EVAL "$1" --check
+        python tok.py "${shards[@]}" "${TOK[@]}" --check
+        python sft.py "${SFT[@]}" --tag "$1" --check
+        python eval.py "${EVAL[@]}" "$1" --check
         plan "$@"
     fi
-    [ -e "$BASE/tokenizer/config.json" ] || alone pretrain.py --data-dir "$data" $PRETRAIN --fetch 8
-    alone tok.py --data-dir "$data" --out-dir "$BASE/tokenizer" $TOK
+    [ -e "$BASE/tokenizer/config.json" ] || alone pretrain.py "${PRETRAIN[@]}" --fetch 8
+    alone tok.py "${shards[@]}" "${TOK[@]}"
     for tag; do
-        train pretrain.py --data-dir "$data" $PRETRAIN --tag "${tag%_long}"
-        train sft.py $SFT --tag "$tag"
+        train pretrain.py "${PRETRAIN[@]}" --tag "${tag%_long}"
+        train sft.py "${SFT[@]}" --tag "$tag"
         alone export_hf.py --tag "$tag"
-        alone eval.py $EVAL "$tag"
+        alone eval.py "${EVAL[@]}" "$tag"
     done
-    [ $# = 1 ] || alone eval.py $EVAL --table "$@"
+    [ $# = 1 ] || alone eval.py "${EVAL[@]}" --table "$@"
 }
 
 # ---- The tiny size -------------------------------------------------------------------------------
@@ -233,6 +245,7 @@ tiny() {
 
 main() {
     local tags
+    [ $# = 0 ] || [ -n "$*" ] || die "an empty argument: say d18 9 50, release, or help"
     case "$*" in
         ""|tiny) setup; tiny; return;;
         --dry-run|"tiny --dry-run") DRY=yes; tiny; return;;
@@ -249,6 +262,7 @@ main() {
         words="${BASH_REMATCH[1]}" SPEED="${BASH_REMATCH[2]}" what=plan
     fi
     if [ "$words" = release ]; then
+        [[ "$TAGS" =~ [^[:space:]] ]] || die "TAGS is blank: unset it for the 20 tags"
         tags="$(for tag in $TAGS; do tag_of "$tag"; done)"
     else
         tags="$(tag_of "$words")"

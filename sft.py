@@ -12,24 +12,31 @@ Only what the assistant writes is learnt (as in InstructGPT, arXiv:2203.02155). 
 are packed into rows by best fit (arXiv:2404.10830); those of one row can see each other. A quarter
 of the conversations is made up here, about spelling and counting letters: a model that sees tokens
 has to be taught that words have letters. Left out: preference tuning, reinforcement learning.
+
+On purpose different from karpathy/nanochat: a step's loss is the mean over its counted tokens
+(there, of the means of micro-batches), and so is the logged one; the learning rate follows the
+conversations that are used before the step; the last batch is filled with padding (there, with
+conversations of a second epoch); one without a token to learn in its row is left out.
 """
 import signal, sys
 if __name__ == "__main__":              # so that Ctrl-C during the imports is no traceback
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import functools, itertools, json, random, re
+import functools, hashlib, itertools, json, random, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Callable, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model import (GPT, FetchError, GPTConfig, Run, accumulate_gradients, atomic_write,
-                   attention_kernel, base_dir, bits_per_byte, checkpoint_files, checkpoint_steps,
-                   compile_model, fetch, fetch_url, file_hash, from_rank_0, guard, load_tokenizer,
-                   load_weights, log_head, newest_checkpoint, one_line, parse_config, read_meta,
-                   rows_at_a_time, rows_of_a_step, set_fp8, setup_env, token_bytes, tokenizer_hash,
-                   weights_hash)
+from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
+                   atomic_write, attention_kernel, base_dir, checkpoint_files, checkpoint_steps,
+                   compile_model, encode, fetch, fetch_url, file_hash, from_rank_0, guard, has_kind,
+                   load_tokenizer, load_weights, log_head, newest_checkpoint, one_line,
+                   parse_config, read_meta, rows_at_a_time, rows_of_a_step, set_fp8, setup_env,
+                   text_column, token_bytes, tokenizer_hash, weights_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -39,17 +46,17 @@ WORDS = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/
 @dataclass
 class Config:  # the comments are the help; "> 0" and "0 to 1" in them are checked
     tag: str = ""  # the model to fine-tune, such as d18_9tpp_drope_50; X_long takes the base of X
-    max_seq_len: int | None = None  # tokens in a row, > 0; not given: 4096, or 8192 for a _long tag
-    total_batch_size: int = 1_048_576  # tokens in a step, > 0
-    device_batch_size: int | None = None  # rows in a micro-batch, > 0; not given: as in pretraining
+    max_seq_len: int | None = None  # tokens in a row, 1 to 1048576; default: 4096; 8192 for _long
+    total_batch_size: int = 1_048_576  # tokens in a step, 1 to 1073741824
+    device_batch_size: int | None = None  # rows at a time, 1 to 1000000; default: as in pretraining
     init_lr_frac: float = 0.8  # times pretraining's reference learning rates, > 0
     eval_every: int = 200  # steps between validations, > 0
     eval_tokens: int = 20_971_520  # tokens in a validation (20 x 2^20), > 0
     save_every: int = 200  # steps between checkpoints, > 0; the last two are kept
     skip: str = ""  # sources to leave out, with commas between them, such as identity,gsm8k
     conversations: str = ""  # X.jsonl: your own, not the hub's; X_val.jsonl: to validate with
-    spelling_rows: int = 200_000  # rows of SimpleSpelling
-    bee_rows: int = 80_000  # rows of SpellingBee
+    spelling_rows: int = 200_000  # rows of SimpleSpelling, 0 to 100000000
+    bee_rows: int = 80_000  # rows of SpellingBee, 0 to 100000000
     identity: str = IDENTITY  # URL or path of the identity conversations
     words: str = WORDS  # URL or path of the word list for the two spelling tasks
     patience: int = 600  # seconds after which a file that cannot be fetched is given up
@@ -59,9 +66,9 @@ class Config:  # the comments are the help; "> 0" and "0 to 1" in them are check
     dry_run: bool = False  # only show three conversations of each source, what is learnt in green
 
 
-# What must not change between an interruption and its continuation
-RECIPE = ("max_seq_len", "total_batch_size", "init_lr_frac", "eval_every", "eval_tokens", "skip",
-          "identity", "words", "spelling_rows", "bee_rows", "fp8")
+# What changes the weights, so that a resumed run must have the same. So must its data: see main
+RECIPE = ("max_seq_len", "total_batch_size", "init_lr_frac", "skip", "spelling_rows", "bee_rows",
+          "fp8")
 
 
 # ---- A conversation: messages -> token ids, and which of them are learnt ------------------------
@@ -119,7 +126,7 @@ def render(enc, messages):
 
     def add(text, learnt, special=False):
         if text:
-            new = [enc.encode_single_token(text)] if special else enc.encode_ordinary(text)
+            new = [enc.encode_single_token(text)] if special else encode(enc, [text])[0]
             ids.extend(new)
             mask.extend([int(learnt)] * len(new))
 
@@ -135,49 +142,60 @@ def render(enc, messages):
     return ids, mask
 
 
-# ---- Files: a source is (number of rows, function from the number of a row to its messages) ------
+# ---- Files ---------------------------------------------------------------------------------------
 
-def hub_rows(config, repo, name, n_files, to_messages):
-    """The hub's parquet files NAME-00000-of-... as a source, in the order that shuffle(seed=42) of
-    `datasets` gives. to_messages(row as a dict) -> messages; a row is read when it is needed."""
-    tables = []
+class Source(NamedTuple):
+    rows: int
+    messages: Callable  # from the number of a row to its messages
+    sha256: str  # of the files that they are made of
+
+
+def hub_rows(config, repo, name, n_files, to_messages, column=None):
+    """The hub's parquet files NAME-00000-of-... as a Source, in the order that shuffle(seed=42) of
+    `datasets` gives. to_messages(row as a dict) -> messages; a row is read when it is needed.
+    column: one that must hold strings."""
+    tables, hashes = [], ""
     for i in range(n_files):
         file = f"{name}-{i:05d}-of-{n_files:05d}.parquet"
         dest = base_dir() / "data" / "sft" / Path(repo).name / Path(file).name
         path = fetch(repo, file, dest, patience=config.patience)
         try:
+            if column:
+                text_column(path, column).close()
             tables.append(pq.read_table(path))
-        except (pa.ArrowException, OSError) as e:
-            sys.exit(f"{path} is damaged ({one_line(e)}): "
-                     "delete it and run again, it is fetched anew")
+        except (pa.ArrowException, OSError, ValueError) as e:
+            sys.exit(f"{path} cannot be used ({one_line(e)}): delete it, and it is fetched again")
+        hashes += file_hash(path)
     table = pa.concat_tables(tables)
     order = np.random.default_rng(42).permutation(len(table))
-    return len(table), lambda i: to_messages(table.slice(order[i], 1).to_pylist()[0])
+    return Source(len(table), lambda i: to_messages(table.slice(order[i], 1).to_pylist()[0]),
+                  hashlib.sha256(hashes.encode()).hexdigest())
 
 
 def plain_file(config, where, check):
     """The bytes of a URL, fetched once into data/sft, or of a path. check(bytes) says what is wrong
     with them, or "". Raises FetchError where there is no such file."""
     if "://" in where:
-        dest = base_dir() / "data" / "sft" / where.rstrip("/").split("/")[-1]
+        # named after the whole URL: files of two servers are two files
+        dest = base_dir() / "data" / "sft" / quote(where, safe="")
         path = fetch_url(where, dest, config.patience, check)
-        mend = "delete it and run again, it is fetched anew"
+        advice = "delete it, and it is fetched again"
     elif Path(where).is_file():
-        path, mend = Path(where), "mend it or give another file"
+        path, advice = Path(where), "correct it, or give another file"
     else:
         raise FetchError(f"no file {where}")
     data = path.read_bytes()
     wrong = check(data)
     if wrong:
-        sys.exit(f"{path}: {wrong}; {mend}")
+        sys.exit(f"{path}: {wrong}; {advice}")
     return data
 
 
 def json_lines(config, where):
-    """A file with a JSON array of messages on each line, as a source."""
+    """A file with a JSON array of messages on each line, as a Source."""
     data = plain_file(config, where, wrong_line)
     rows = [json.loads(line) for line in data.splitlines() if line.strip()]
-    return len(rows), rows.__getitem__
+    return Source(len(rows), rows.__getitem__, hashlib.sha256(data).hexdigest())
 
 
 def wrong_line(data):
@@ -185,8 +203,8 @@ def wrong_line(data):
     for n, line in enumerate(data.splitlines(), 1):
         try:
             wrong = problem(json.loads(line), finished=True) if line.strip() else ""
-        except ValueError as e:
-            wrong = f"not a JSON array of messages ({e})"
+        except (ValueError, RecursionError) as e:
+            wrong = f"not a JSON array of messages ({one_line(e)})"
         if wrong:
             return f"line {n}: {wrong}"
     return "" if data.strip() else "no conversation in it"
@@ -219,7 +237,7 @@ def mmlu(config, split):
         return chat(f"Multiple Choice question: {row['question']}\n{choices}\n"
                     "Respond only with the letter of the correct answer.", letters[row["answer"]])
     name = "all/auxiliary_train" if split == "train" else "all/test"
-    return hub_rows(config, "cais/mmlu", name, 1, messages)
+    return hub_rows(config, "cais/mmlu", name, 1, messages, "question")
 
 
 def gsm8k(config, split):
@@ -227,7 +245,7 @@ def gsm8k(config, split):
     def messages(row):
         return chat(row["question"], calculator_parts(row["answer"]))
     name = "main/train" if split == "train" else "main/test"
-    return hub_rows(config, "openai/gsm8k", name, 1, messages)
+    return hub_rows(config, "openai/gsm8k", name, 1, messages, "question")
 
 
 def calculator_parts(answer):
@@ -255,21 +273,23 @@ def tulu(config, split):
         with open(path, "rb") as f:
             f.seek(starts[i])
             return json.loads(f.readline())["messages"]
-    return len(starts), messages
+    return Source(len(starts), messages, file_hash(path))
 
 
 @functools.lru_cache(None)
 def tulu_rows(path):
-    """The byte at which each good row begins, shuffled with seed 42: the text stays on the disk."""
+    """The byte at which each good row begins, shuffled with seed 42: the text stays on the disk.
+    Good are [system] user assistant ... with text, as for the public series: the last message may
+    be the user's, and messages may be empty."""
     starts, position, n = [], 0, 0
     with open(path, "rb") as f:
         for line in f:
             try:
                 messages = json.loads(line)["messages"]
                 texts_only = all(isinstance(m["content"], str) for m in messages)
-                if texts_only and not problem(messages, finished=True):
+                if texts_only and not problem(messages):
                     starts.append(position)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 pass  # counted as dropped below
             position += len(line)
             n += 1
@@ -308,26 +328,29 @@ WORDINGS = re.split(r"[|\n]", WORDINGS)  # {c}: the letter, {w}: the word
 
 
 def word_list(config):
+    """The words, and the sha256 of their file."""
     def check(data):
         only_words = re.fullmatch(rb"\s*[A-Za-z][A-Za-z\s]*", data)
         return "" if only_words else "a word list has words of the letters a-z and nothing else"
-    return plain_file(config, config.words, check).decode().lower().split()
+    data = plain_file(config, config.words, check)
+    return data.decode().lower().split(), hashlib.sha256(data).hexdigest()
 
 
 def simple_spelling(config, split):
     """"Spell the word: apple" -> "apple:a,p,p,l,e"."""
-    words = word_list(config)
+    words, sha256 = word_list(config)
     random.Random(42).shuffle(words)  # else row i would draw the same word as SpellingBee's row i
     def messages(i):
         word = random.Random(SEED[split] + i).choice(words)
         return chat(f"Spell the word: {word}", f"{word}:{','.join(word)}")
-    return config.spelling_rows, messages
+    return Source(config.spelling_rows, messages, sha256)
 
 
 def spelling_bee(config, split):
     """Counting a letter of a word by hand, then with Python."""
-    words = word_list(config)
-    return config.bee_rows, lambda i: count_letter(random.Random(SEED[split] + i), words)
+    words, sha256 = word_list(config)
+    return Source(config.bee_rows, lambda i: count_letter(random.Random(SEED[split] + i), words),
+                  sha256)
 
 
 def count_letter(rng, words):
@@ -374,44 +397,39 @@ QUESTIONS = {"mmlu": ALL, "gsm8k": ALL, "spellingbee": 256}  # held-out rows for
 
 class Mixture:
     """Each row of each source as often as its epochs say, in an order shuffled with seed 42.
-    sources: [(name, rows, epochs, function from a row's number to its messages)]."""
+    sources: [(name, epochs, Source)]."""
 
-    def __init__(self, sources, own_sha256=""):
-        self.sources, self.own_sha256 = sources, own_sha256
-        sizes = [rows * epochs for _, rows, epochs, _ in sources]
+    def __init__(self, sources):
+        self.sources = sources
+        sizes = [source.rows * epochs for _, epochs, source in sources]
         source_of = np.repeat(np.arange(len(sources)), sizes)
-        row_of = [np.tile(np.arange(rows), epochs) for _, rows, epochs, _ in sources]
+        row_of = [np.tile(np.arange(source.rows), epochs) for _, epochs, source in sources]
         order = list(range(sum(sizes)))
-        random.Random(42).shuffle(order)  # the public series' order: there, of (source, row) pairs
+        random.Random(42).shuffle(order)  # the same as shuffling the list of (source, row) pairs
         self.source_of, self.row_of = source_of[order], np.concatenate(row_of)[order]
 
     def __len__(self):
         return len(self.row_of)
 
-    def counts(self):
-        """What must be the same when a run is resumed; fit for JSON."""
-        counts = {name: [rows, epochs] for name, rows, epochs, _ in self.sources}
-        return {**counts, "own_sha256": self.own_sha256}
+    def identity(self):
+        """{source: rows, epochs, hash}: what must be the same when a run is resumed."""
+        return {name: f"{source.rows} rows x {epochs}, sha256 {source.sha256}"
+                for name, epochs, source in self.sources}
 
     def table(self):
-        lines = [f"{name:13} {rows:9,} rows x {epochs} = {rows * epochs:9,}"
-                 for name, rows, epochs, _ in self.sources]
+        lines = [f"{name:13} {source.rows:9,} rows x {epochs} = {source.rows * epochs:9,}"
+                 for name, epochs, source in self.sources]
         return "\n".join([*lines, f"{'conversations':29}= {len(self):9,}"])
 
     def rendered(self, i, enc):
         """(ids, mask) of conversation i."""
-        name, _, _, messages = self.sources[self.source_of[i]]
+        name, _, source = self.sources[self.source_of[i]]
         row = int(self.row_of[i])
         try:
-            return render(enc, messages(row))
+            return render(enc, source.messages(row))
         except (ValueError, LookupError, TypeError) as e:
-            sys.exit(f"row {row} of {name} is no conversation ({e}): --skip {name} leaves it out")
-
-
-def own_sha256(config):
-    """What tells one's own conversations from others; "" where there are none."""
-    path = Path(config.conversations)
-    return file_hash(path) if path.is_file() else ""
+            sys.exit(f"row {row} of {name} is no conversation ({one_line(e)}): --skip {name} "
+                     "leaves it out")
 
 
 def source_names(config):
@@ -430,7 +448,8 @@ def source_names(config):
 
 def open_mixture(config, split):
     """The Mixture of "train" or "val". Nothing is missing in silence: a source of another size than
-    published gives a notice; sources that cannot be had end the program, with a line for each."""
+    published gives a notice; sources that cannot be downloaded end the program, with a line for
+    each."""
     sources, lost = [], []
     for name in source_names(config):
         function, published, epochs, held_out = SOURCES[name]
@@ -438,25 +457,26 @@ def open_mixture(config, split):
         if wanted == 0:
             continue
         try:
-            rows, messages = function(config, split)
+            source = function(config, split)
         except FetchError as e:
-            lost.append(f"{name}: {e}. It would have added {published * epochs:,} conversations; "
-                        f"to go on without it: --skip {name}")
+            role = f"{published * epochs:,} conversations" if split == "train" else "validation"
+            lost.append(f"{name}: {e}. It is there for {role}; add --skip {name} to train without "
+                        "it")
             config = replace(config, patience=min(config.patience, 10))  # for the other sources
             continue
         if split == "val":
-            rows, epochs = min(rows, wanted), 1
-        if rows != wanted < ALL and not config.conversations:
+            source, epochs = source._replace(rows=min(source.rows, wanted)), 1
+        if source.rows != wanted < ALL and not config.conversations:
             kind = "mixture" if split == "train" else "validation"
-            print(f"{name}: {rows:,} rows where the published {kind} has {wanted:,}",
+            print(f"{name}: {source.rows:,} rows where the published {kind} has {wanted:,}",
                   file=sys.stderr)
-        sources.append((name, rows, epochs, messages))
+        sources.append((name, epochs, source))
     if lost:
         sys.exit("\n".join(lost))
-    if not any(rows for _, rows, _, _ in sources):
+    if not any(source.rows for _, _, source in sources):
         purpose = "train on" if split == "train" else "validate with"
         sys.exit(f"no conversation is left to {purpose}: use fewer of --skip, or more rows")
-    return Mixture(sources, own_sha256(config))
+    return Mixture(sources)
 
 
 def write_questions(config, path):
@@ -465,9 +485,9 @@ def write_questions(config, path):
     lines = []
     for name in source_names(config):
         if name in QUESTIONS:
-            rows, messages = SOURCES[name][0](config, "val")
-            for i in range(min(rows, QUESTIONS[name])):
-                lines.append(json.dumps({"source": name, "messages": messages(i)}) + "\n")
+            source = SOURCES[name][0](config, "val")
+            for i in range(min(source.rows, QUESTIONS[name])):
+                lines.append(json.dumps({"source": name, "messages": source.messages(i)}) + "\n")
     atomic_write(path, "".join(lines))
 
 
@@ -477,9 +497,9 @@ def dry_run(config):
     mixtures = {split: open_mixture(config, split) for split in ("train", "val")}
     for split, mixture in mixtures.items():
         print(f"{split}:\n{mixture.table()}\n")
-    for name, rows, _, messages in mixtures["train"].sources:
-        for row in range(min(3, rows)):
-            ids, mask = render(enc, messages(row))
+    for name, _, source in mixtures["train"].sources:
+        for row in range(min(3, source.rows)):
+            ids, mask = render(enc, source.messages(row))
             print(f"\033[1m{name}, row {row}: {len(ids):,} tokens, {sum(mask):,} learnt\033[0m")
             print(coloured(enc, ids[:400], mask), "...\n" if len(ids) > 400 else "\n")
 
@@ -497,32 +517,49 @@ def coloured(enc, ids, mask):
 class Packer:
     """Rows of row_len = T + 1 tokens, from whole conversations, each of the mixture's used once.
 
-    A buffer holds the next 100 conversations. A row takes the longest that fits (of equals the
-    earliest), again and again; when none fits, the rest of the row is padding. A conversation
-    longer than a row is cut. state() is small: it names the buffer's conversations, which are
-    rendered anew."""
+    A buffer holds the next 100 conversations. A row takes the longest that fits (ties: the
+    earliest), again and again; when none fits, the rest of the row is padding. A conversation is
+    cut at T tokens, and skipped if none of these is learnt: that of one with a long question would
+    fill a row in vain. state() is small: it names the buffer's conversations, which are rendered
+    again."""
 
     def __init__(self, mixture, enc, row_len, state=None):
         self.mixture, self.enc, self.row_len = mixture, enc, row_len
-        state = state or {"next": 0, "buffer": [], "rows": 0, "tokens": 0, "cut": 0}
-        self.next = state["next"]  # conversation to enter the buffer next
-        self.buffer = [(i, *mixture.rendered(i, enc)) for i in state["buffer"]]  # (i, ids, mask)
-        self.rows, self.tokens, self.cut = state["rows"], state["tokens"], state["cut"]
+        state = state or {"next": 0, "buffer": [], "rows": 0, "tokens": 0, "cut": 0, "skipped": 0}
+        try:
+            self.next = state["next"]  # conversation to enter the buffer next
+            self.rows, self.tokens = state["rows"], state["tokens"]
+            self.cut, self.skipped = state["cut"], state["skipped"]
+            self.buffer = [(i, *mixture.rendered(i, enc)) for i in state["buffer"]]  # ids, mask
+        except (LookupError, TypeError) as e:
+            sys.exit(f"the loader's state does not fit the mixture ({one_line(e)})")
+        self.fill()
+        if not state["next"] and not self.buffer:
+            sys.exit(f"no conversation has a token to learn within {row_len - 1} tokens: use a "
+                     "larger --max-seq-len, or other conversations")
 
     def state(self):
         """What is needed to resume from here; "used" counts the conversations that rows have."""
         return {"next": self.next, "buffer": [i for i, _, _ in self.buffer],
-                "used": self.next - len(self.buffer), "sources": self.mixture.counts(),
-                "rows": self.rows, "tokens": self.tokens, "cut": self.cut}
+                "used": self.next - len(self.buffer), "rows": self.rows, "tokens": self.tokens,
+                "cut": self.cut, "skipped": self.skipped}
+
+    def fill(self):
+        """Brings the buffer to 100 conversations, while there are more."""
+        while len(self.buffer) < 100 and self.next < len(self.mixture):
+            ids, mask = self.mixture.rendered(self.next, self.enc)
+            if any(mask[:self.row_len - 1]):
+                self.buffer.append((self.next, ids, mask))
+            else:
+                self.skipped += 1
+            self.next += 1
 
     def next_row(self):
         """ids and mask, two lists of up to row_len; empty when the conversations have run out."""
         ids, mask = [], []
         while True:
-            while len(self.buffer) < 100 and self.next < len(self.mixture):
-                self.buffer.append((self.next, *self.mixture.rendered(self.next, self.enc)))
-                self.next += 1
-            lengths = [min(len(conversation), self.row_len) for _, conversation, _ in self.buffer]
+            self.fill()
+            lengths = [min(len(tokens), self.row_len - 1) for _, tokens, _ in self.buffer]
             longest = max((n for n in lengths if n <= self.row_len - len(ids)), default=0)
             if longest == 0:
                 break
@@ -548,6 +585,11 @@ class Packer:
             targets[r, :max(0, len(ids) - 1)] = np.where(mask[1:], ids[1:], -1)
         return np.stack([inputs, targets])
 
+    def filled(self, rows):
+        """The same without rows of padding only."""
+        before, batch = self.rows, self.batch(rows)
+        return None if batch is None else batch[:, :self.rows - before]
+
 
 # ---- The run ------------------------------------------------------------------------------------
 
@@ -562,11 +604,12 @@ def muon_momentum(step):
 
 
 def set_schedules(optimizer, step, done):
-    """Learning rates of all groups, momentum of Muon's."""
+    """Learning rates of all groups, momentum of Muon's. Returns lr_factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor(done)
         if group["kind"] == "muon":
             group["momentum"] = muon_momentum(step)
+    return lr_factor(done)
 
 
 def check_files(cfg):
@@ -598,7 +641,7 @@ def find_base(cfg, enc):
     if meta.get("tokenizer", ours) != ours or meta["model_config"]["vocab_size"] != enc.n_vocab:
         sys.exit(f"{folder} was trained with another tokenizer than {base_dir() / 'tokenizer'}: "
                  "put its own there")
-    missing = [lr for lr in REFERENCE_LRS if lr not in meta.get("user_config", {})]
+    missing = [lr for lr in REFERENCE_LRS if not has_kind(meta["user_config"].get(lr), float)]
     if missing:
         sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say the learning rates: add "
                  f"user_config.{missing[0]} (pretrain.py --help tells the usual ones)")
@@ -606,7 +649,7 @@ def find_base(cfg, enc):
 
 
 def open_run(cfg, enc, env):
-    """The Run, and folder and step of the base model. Exits, and makes no folder, where there is
+    """The Run, and folder and step of the base model. Exits without creating a folder if there is
     neither a base model nor a checkpoint of fine-tuning."""
     found = find_base(cfg, enc) if env.rank == 0 else None
     base, base_step, base_hash = from_rank_0(found, env)
@@ -614,23 +657,24 @@ def open_run(cfg, enc, env):
     if base_step is None and not checkpoint_steps(folder):
         sys.exit(f"no base model in {base}: `bash run_all.sh {cfg.tag}` trains it, or pretrain.py")
     recipe = {field: getattr(cfg, field) for field in RECIPE}
-    recipe.update(tokenizer=tokenizer_hash(enc), conversations=own_sha256(cfg))
+    own = Path(cfg.conversations)
+    recipe.update(tokenizer=tokenizer_hash(enc), conversations=own.is_file() and file_hash(own))
     if base_step is not None:
         recipe["base"] = base_hash
     return Run(folder, cfg, recipe, env), base, base_step
 
 
 def open_data(cfg, enc, run):
-    """On rank 0: the stream of training rows, the rows for validation, and how many conversations
-    there are to learn."""
-    mixture, state = open_mixture(cfg, "train"), run.loader_state()
-    print(mixture.table(), flush=True)
-    if state and state["sources"] != mixture.counts():
-        sys.exit(f"the sources are not those with which {run.folder} began ({state['sources']}): "
-                 "put those back, or move that folder away to begin anew")
-    packer = Packer(open_mixture(cfg, "val"), enc, cfg.max_seq_len + 1)
-    validation = packer.batch(max(1, cfg.eval_tokens // cfg.max_seq_len))[:, :packer.rows]
-    return Packer(mixture, enc, cfg.max_seq_len + 1, state), validation, len(mixture)
+    """On rank 0: the streams of the rows for training and for validation, and what the data are.
+    Elsewhere None."""
+    if run.env.rank != 0:
+        return None, None, None
+    training, validation = open_mixture(cfg, "train"), open_mixture(cfg, "val")
+    print(training.table(), flush=True)
+    data = {**training.identity(),
+            **{f"{name} (validation)": said for name, said in validation.identity().items()}}
+    stream = Packer(training, enc, cfg.max_seq_len + 1, run.loader_state())
+    return stream, Packer(validation, enc, cfg.max_seq_len + 1), data
 
 
 def main():
@@ -645,7 +689,7 @@ def main():
     rows = rows_of_a_step(cfg.total_batch_size, cfg.max_seq_len, env.world)
     if cfg.check:
         return check_files(cfg)
-    env.micro = rows_at_a_time(env, rows, cfg.max_seq_len, cfg.device_batch_size)
+    env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     enc = load_tokenizer(base_dir() / "tokenizer")
     run, base, base_step = open_run(cfg, enc, env)
     if run.meta.get("finished"):
@@ -656,7 +700,7 @@ def main():
     # factor sqrt(batch / 2^19) of pretraining). Muon's weight decay is 0 from here on.
     meta = run.meta or read_meta(base, base_step)
     config = GPTConfig(**{**meta["model_config"], "sequence_len": cfg.max_seq_len})
-    model = GPT(config, dtype=env.dtype).to(env.device)
+    model = GPT(config, meta["loop_state"]["use_rope"], env.dtype).to(env.device)
     reference = {name: meta["user_config"][name] for name in REFERENCE_LRS}
     lrs = {name: lr * cfg.init_lr_frac for name, lr in reference.items()}
     optimizer = build_optimizer(model, **lrs, weight_decay=0.0, compile=env.compile)
@@ -670,41 +714,41 @@ def main():
         set_fp8(model, env)
     compiled = compile_model(model, env)
 
-    stream = validation = total = None
     if env.rank == 0:
-        kernel = attention_kernel(env, config)
-        log_head(cfg, env, rows=rows, attention=kernel, use_rope=model.use_rope, **reference)
-        stream, validation, total = open_data(cfg, enc, run)
-    total = from_rank_0(total, env)                                     # conversations
-    nbytes = token_bytes(enc).to(env.device)
-    val_tokens = from_rank_0(None if validation is None else validation[0].size, env)
-
-    def validate(step):
-        val_bpb = bits_per_byte(compiled, validation, nbytes, env, run.heed_stop)
-        run.validated(step, val_bpb, val_tokens)
-
+        log_head(cfg, env, rows=rows, attention=attention_kernel(env, config),
+                 use_rope=model.use_rope, **reference)
+    stream, held_out, data = open_data(cfg, enc, run)
+    run.same_data(data)
+    total = from_rank_0(stream and len(stream.mixture), env)            # conversations
+    validation_rows = ValidationRows(held_out and held_out.filled, cfg.max_seq_len,
+                                     token_bytes(enc), env)
     run.start(model, optimizer, stream, rows, tokenizer=run.recipe["tokenizer"],
               user_config={**asdict(cfg), **reference}, base=run.recipe.get("base"))
+
+    def validate():
+        n = max(1, cfg.eval_tokens // cfg.max_seq_len)
+        run.validated(step, *run.validate(compiled, validation_rows, n))
+
     step = run.step
     while run.done < 1:
         if step % cfg.eval_every == 0:
-            validate(step)
+            validate()
         x, y = run.next_batch()                                         # (rows, T) each
-        set_schedules(optimizer, step, run.done)
+        factor = set_schedules(optimizer, step, run.done)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        used = from_rank_0(run.position and run.position["used"], env)
-        run.end_of_step(step, loss, done=used / total, conversations=used)
+        run.end_of_step(step, loss, run.used / total, factor, conversations=run.used)
 
-    validate(step)
+    validate()                                              # all is saved by now
     if env.rank == 0:
         write_questions(cfg, run.folder / "questions.jsonl")
         position = run.position
         padding = 1 - position["tokens"] / (position["rows"] * (cfg.max_seq_len + 1))
         run.say(f"{total:,} conversations in {position['rows']:,} rows: {100 * padding:.2f}% of "
-                f"padding, {position['cut']:,} cut at the end of a row")
+                f"padding, {position['cut']:,} cut at the end of a row, {position['skipped']:,} "
+                "skipped, with no token to learn in a row")
     run.finish()
 
 

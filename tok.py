@@ -3,8 +3,8 @@
     python tok.py                      # 32,768 ids from the first 2 billion characters
     python tok.py --vocab-size 4096 --data-dir my/shards --out-dir my/tokenizer
 
-Takes  DATA_DIR/shard_*.parquet with a string column `text` (`python pretrain.py --fetch 8`
-       downloads the first 8 of ClimbMix); shard_06542 is the validation set and never read
+Takes  DATA_DIR/*.parquet with a string column `text` (`python pretrain.py --fetch 8` downloads the
+       first 8 of ClimbMix); the last file by name is the validation set and never read
 Gives  OUT_DIR/tokenizer.tiktoken: a token a line, base64 and rank, as tiktoken.load reads it
        OUT_DIR/config.json: split pattern, special tokens, training data; written last
 Needs  some minutes and 4 GB of memory
@@ -33,6 +33,7 @@ from heapq import heapify, heappop, heappush
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,7 +48,6 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>",
            "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>",
            "<|output_end|>"]  # the last ids, in this order
-VALIDATION = "shard_06542.parquet"
 FETCH = "`python pretrain.py --fetch 8`"
 
 # ---- Counting: text -> {chunk: how often} --------------------------------------------------------
@@ -69,33 +69,46 @@ def split(text):
     return (full if beyond.search(text) else fast).findall(text)
 
 
-def row_groups(shards):
-    """(path, index) of every row group, in order. ValueError names a shard that has none."""
-    for path in shards:
+class Shards(NamedTuple):
+    """The files to read, the column of their text, and how many characters of each document."""
+    paths: list
+    column: str
+    doc_cap: int
+
+    def row_groups(self):
+        """(path, index) of every row group, in order. ValueError names a file that has none, or
+        no column of strings."""
+        for path in self.paths:
+            try:
+                with pq.ParquetFile(path) as file:
+                    kinds = {field.name: str(field.type) for field in file.schema_arrow}
+                    rows, groups = file.metadata.num_rows, file.num_row_groups
+            except (OSError, ValueError) as e:
+                raise ValueError(f"{path}: {e}") from None
+            if kinds.get(self.column) not in ("string", "large_string", "string_view"):
+                found = f"of type {kinds[self.column]}" if self.column in kinds else "missing"
+                raise ValueError(f"{path}: column {self.column!r}, which must hold strings, is "
+                                 f"{found}")
+            if rows == 0:
+                raise ValueError(f"{path}: no documents in it")
+            for group in range(groups):
+                yield path, group
+
+    def documents(self, path, group):
+        """The documents of a row group, each cut at doc_cap characters. ValueError names it."""
         try:
-            meta = pq.read_metadata(path)
-        except (OSError, ValueError) as e:
+            with pq.ParquetFile(path) as file:
+                texts = file.read_row_group(group, [self.column])[self.column].to_pylist()
+        except (OSError, ValueError, KeyError) as e:
             raise ValueError(f"{path}: {e}") from None
-        if meta.num_rows == 0:
-            raise ValueError(f"{path}: no documents in it")
-        for group in range(meta.num_row_groups):
-            yield path, group
+        return [(text or "")[:self.doc_cap] for text in texts]
 
 
-def read_documents(path, group, doc_cap):
-    """The documents of a row group, each cut at doc_cap characters. ValueError names the shard."""
-    try:
-        column = pq.ParquetFile(path).read_row_group(group, columns=["text"])["text"]
-        return [(text or "")[:doc_cap] for text in column.to_pylist()]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-def count_row_group(path, group, doc_cap, max_chars):
+def count_row_group(shards, path, group, max_chars):
     """-> {chunk: count}, characters and documents of a row group, up to the document that reaches
     max_chars."""
     counts, chars, docs = Counter(), 0, 0
-    for text in read_documents(path, group, doc_cap):
+    for text in shards.documents(path, group):
         counts.update(split(text))
         chars, docs = chars + len(text), docs + 1
         if chars >= max_chars:
@@ -103,10 +116,10 @@ def count_row_group(path, group, doc_cap, max_chars):
     return counts, chars, docs
 
 
-def count_row_groups(shards, doc_cap, max_chars, first=0, step=1):
+def count_row_groups(shards, max_chars, first=0, step=1):
     """path, group and what count_row_group says, for every step-th row group from `first` on."""
-    for path, group in islice(row_groups(shards), first, None, step):
-        yield path, group, *count_row_group(path, group, doc_cap, max_chars)
+    for path, group in islice(shards.row_groups(), first, None, step):
+        yield path, group, *count_row_group(shards, path, group, max_chars)
 
 
 def work(pipe, *args):
@@ -122,7 +135,7 @@ def work(pipe, *args):
         pass
 
 
-def count_in_parallel(shards, doc_cap, max_chars, workers):
+def count_in_parallel(shards, max_chars, workers):
     """The same as count_row_groups, in the same order. Of n workers each counts every n-th row
     group, and their results are taken in turn."""
     context = get_context("spawn")
@@ -131,7 +144,7 @@ def count_in_parallel(shards, doc_cap, max_chars, workers):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for i in range(workers):
         mine, theirs = context.Pipe(duplex=False)
-        args = (theirs, shards, doc_cap, max_chars, i, workers)
+        args = (theirs, shards, max_chars, i, workers)
         processes.append(context.Process(target=work, args=args, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -150,21 +163,21 @@ def count_in_parallel(shards, doc_cap, max_chars, workers):
             process.terminate()
 
 
-def count_chunks(shards, max_chars, doc_cap, workers):
+def count_chunks(shards, max_chars, workers):
     """The first max_chars characters -> {chunk: count}, characters, documents, shards read."""
     total, total_chars, total_docs, n_shards = Counter(), 0, 0, 0
     if workers == 1:
-        results = count_row_groups(shards, doc_cap, max_chars)
+        results = count_row_groups(shards, max_chars)
     else:
-        results = count_in_parallel(shards, doc_cap, max_chars, workers)
+        results = count_in_parallel(shards, max_chars, workers)
     with closing(results):
         for path, group, counts, chars, docs in results:
-            if shards.index(path) == n_shards:  # the next shard begins
+            if shards.paths.index(path) == n_shards:  # the next shard begins
                 n_shards += 1
                 print(f"counting {path.name}, {total_chars:,} characters before it", flush=True)
             left = max_chars - total_chars
             if chars > left:  # the last one: again, only as far as needed
-                counts, chars, docs = count_row_group(path, group, doc_cap, left)
+                counts, chars, docs = count_row_group(shards, path, group, left)
             total.update(counts)
             total_chars, total_docs = total_chars + chars, total_docs + docs
             if total_chars >= max_chars:
@@ -307,7 +320,7 @@ def check(tokens, special, texts):
 
 def save(path, text):
     """Writes a file that is complete before it takes its name."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as f:
             f.write(text)
@@ -326,7 +339,7 @@ def above_zero(text):
 
 
 def parse_args():
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR", "out"))
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "out")
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
         cores = len(os.sched_getaffinity(0))
@@ -335,12 +348,13 @@ def parse_args():
     parser.error = lambda message: sys.exit(f"tok.py: {message}")  # one line, without the usage
     for name, default, text in (
             ("--data-dir", base / "data/climbmix", "folder with the parquet shards"),
+            ("--text-column", "text", "the column of the shards that holds the text"),
             ("--out-dir", base / "tokenizer", "folder for the tokenizer; one in it is kept"),
             ("--vocab-size", 32768, "ids in all: 256 bytes, the merges, 9 special tokens"),
             ("--max-chars", 2_000_000_000, "characters to train on, all if there are fewer"),
             ("--doc-cap", 10_000, "cut every document at so many characters"),
             ("--workers", min(cores, 16), "processes that count; the tokens are the same")):
-        kind = Path if isinstance(default, Path) else above_zero
+        kind = above_zero if isinstance(default, int) else type(default)
         parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--check", action="store_true", help="only check the options")
     args = parser.parse_args()
@@ -372,10 +386,11 @@ def main():
     if is_there(out, args.vocab_size):
         print(f"tokenizer exists, skipped: {out} (remove that folder to train another)")
         return
-    shards = sorted(p for p in args.data_dir.glob("shard_*.parquet") if p.name != VALIDATION)
-    if not shards:
-        sys.exit(f"no training shards (shard_*.parquet) in {args.data_dir}: put some there, "
-                 f"or download some of ClimbMix with {FETCH}")
+    paths = sorted(args.data_dir.glob("[!.]*.parquet"))[:-1]  # the last one is to validate with
+    if not paths:
+        sys.exit(f"{args.data_dir} has fewer than 2 .parquet files (the last one by name is for "
+                 f"validation): put some there, or download some of ClimbMix with {FETCH}")
+    shards = Shards(paths, args.text_column, args.doc_cap)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # better to fail now than after the training
@@ -383,9 +398,8 @@ def main():
         sys.exit(f"cannot write to {out} ({e.strerror}): choose another --out-dir")
 
     try:
-        counts, chars, docs, n_shards = count_chunks(shards, args.max_chars, args.doc_cap,
-                                                     args.workers)
-        sample = read_documents(shards[0], 0, args.doc_cap)[:100]
+        counts, chars, docs, n_shards = count_chunks(shards, args.max_chars, args.workers)
+        sample = shards.documents(paths[0], 0)[:100]
     except ValueError as e:
         sys.exit(f"cannot read a shard: {' '.join(str(e).split())}; replace or remove it "
                  f"({FETCH} downloads what is missing of ClimbMix)")
@@ -410,7 +424,8 @@ def main():
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # what is left takes milliseconds: all or nothing
-    (out / "config.json").unlink(missing_ok=True)  # of a tokenizer whose other file is gone
+    for half in [out / "config.json", *out.glob(".*.part")]:  # of a tokenizer that was not finished
+        half.unlink(missing_ok=True)
     save(out / "tokenizer.tiktoken", "".join(lines))
     save(out / "config.json", json.dumps(config, indent=2) + "\n")
     print(f"saved in {out}: {args.vocab_size:,} ids, {bytes_per_token:.2f} bytes per token, "
@@ -418,4 +433,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        sys.exit(f"tok.py: {e.filename}: {e.strerror}")
