@@ -282,6 +282,8 @@ class PackedRows:
                 sys.exit(f"{self.shards.folder} does not hold the shards that this run has read "
                          f"({', '.join(read)}), or others as well: put just those back")
             known.update(read)
+            for name in read if self.shards.cfg.dataset == "local" else ():
+                self.shards.hash(name)                      # the hub's are compared when opened
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
             sys.exit(f"the loader's state does not fit the shards ({one_line(e)})")
 
