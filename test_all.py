@@ -1620,7 +1620,7 @@ def test_no_process_ends_before_rank_0_has_saved(tiny_base, tmp_path, seconds, h
     if how == "damaged shard":
         (base / "data").unlink()
         shutil.copytree(tiny_base / "data", base / "data")
-        write_shard(base / "data/climbmix/shard_00000.parquet", some_texts(290), 32)
+        write_shard(base / "data/climbmix/shard_00000.parquet", some_texts(384), 128)
         (base / "data/climbmix/shard_00001.parquet").write_bytes(b"PAR1")
     said = script(tmp_path / "slow.py", how, tmp_path, seconds, *DROPE, "--save-every", 999,
                   base=base, processes=2, status=status)
