@@ -1046,6 +1046,32 @@ def test_rows_tell_four_facts_and_ask_for_them_and_a_prompt_has_one_right_answer
         assert len(facts) == 4 and [fact for fact in facts if key_of(fact) == question] == [answer]
 
 
+def test_the_workers_end_when_their_parent_is_killed(tmp_path):
+    process = start("demo.py", "--steps", 100_000, base=tmp_path)
+    while "models" not in process.stdout.readline():
+        pass
+
+    def workers():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes()
+                if b"spawn_main" in words and f"={process.pid},".encode() in words:
+                    found.append(path.parent)
+        return found
+    end = time.time() + 30
+    while not (found := workers()):
+        assert time.time() < end
+        time.sleep(0.1)
+    time.sleep(3)                                           # they import torch
+    process.kill()
+    process.communicate()
+    end = time.time() + 30
+    while any(path.exists() for path in found):
+        assert time.time() < end, found
+        time.sleep(0.1)
+
+
 def test_drope_is_rope_until_the_switch(monkeypatch):
     """With seed 3, 4 steps each."""
     seen, losses = [], {}
@@ -2042,6 +2068,40 @@ def test_another_recipe_or_other_conversations_are_refused(sft_run, sft_args, tm
                                 ("--init-lr-frac", 0.5, "init_lr_frac = 0.4, not 0.5")):
         args = (*sft_args, option, value)
         refused(sft, args, [str(sft_run), says, "--tag"], sft_run.parents[1])
+
+
+@pytest.fixture
+def sft_half_way(sft_run, sft_args, tiny_base, tmp_path):
+    """(base folder, its folder of sft_args' files, the words of the command): that run, whose last
+    checkpoint is gone."""
+    base, files = share(tiny_base, tmp_path), tmp_path / "files"
+    shutil.copytree(sft_run.parents[1] / "base_checkpoints", base / "base_checkpoints")
+    shutil.copytree(sft_run, base / "chatsft_checkpoints" / "drope_long")
+    M.checkpoint_files(base / "chatsft_checkpoints/drope_long", final(sft_run)[0])["meta"].unlink()
+    shutil.copytree(Path(sft_args[3]).parent, files)
+    return base, files, [str(word).replace(str(Path(sft_args[3]).parent), str(files))
+                         for word in sft_args]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("", ["resuming from step"]), ("words.txt", ["spelling = 30 rows x 1, sha256"]),
+    ("mine_val.jsonl", ["conversations (validation) = 8 rows"]),
+    ("mine.jsonl", ["conversations = "])])
+def test_files_are_compared_by_content_and_may_move(sft_half_way, run_here, name, words):
+    base, files, args = sft_half_way                        # they have moved already
+    if name:
+        text = (files / name).read_text()
+        (files / name).write_text(text.replace("apple", "grape"))
+    status, said = run_here(sft, args, base)
+    assert status == (1 if name else 0) and all(word in said for word in words), said
+    assert "Use the same, or for a new run another --tag" in said or not name
+
+
+def test_a_validation_set_in_which_no_token_counts_is_refused(sft_half_way, refused):
+    base, files, args = sft_half_way
+    shutil.rmtree(base / "chatsft_checkpoints")
+    (files / "mine_val.jsonl").write_text(json.dumps(chat("q" * 500, "yo")))
+    refused(sft, args, ["no conversation has a token to learn within 128 tokens"], base)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -3103,6 +3163,76 @@ def test_a_chat_ends_at_the_stop_token(exported):
     assert len(free) == n + 8 and out[-1] == HF_STOP and len(out) <= n + 4
 
 
+# ==== Bad files are one clear line, whatever is in them ===========================================
+
+BAD_JSON = [b"", b"{}", b"null", b"[]", b"7", b'"x"', b"{", b"\xff\xfe", b"[" * 9999, b'{"step": 10}',
+            b'{"model_config": null}', b'{"model_config": {}}']
+META_HARM = [
+    lambda meta: meta["model_config"].update(n_layer=3),                    # layers are missing
+    lambda meta: meta["model_config"].update(n_layer=100_000),
+    lambda meta: meta["model_config"].update(n_embd=None),
+    lambda meta: meta["model_config"].update(window_pattern="SSSL"),        # upstream's own today
+    lambda meta: meta["model_config"].pop("n_head"), lambda meta: meta.update(step="10"),
+    lambda meta: meta.pop("loop_state"),                    # a chat checkpoint of the public repo
+    lambda meta: meta.update(loop_state=[]), lambda meta: meta["loop_state"].update(use_rope=1),
+    lambda meta: meta.update(user_config=None), lambda meta: meta.update(sha256={"x": 1}),
+    lambda meta: meta.update(sha256=[]), lambda meta: meta.update(val_bpb="low")]
+
+
+def every_reader(tag):
+    """(module, words of a command) for each script that reads a checkpoint of that tag."""
+    return [(sft, ["--tag", tag, "--spelling-rows", 1]), (ev, [tag, "--quick"]),
+            (export_hf, ["--tag", tag, "--stage", "base"]),
+            (pretrain, [*TINY, "--tag", tag]), (export_hf, ["--tag", tag, "--push", "me",
+                                                            "--dry-run"])]
+
+
+@pytest.mark.parametrize("content", [*BAD_JSON, *META_HARM, "truncated weights"])
+def test_a_bad_meta_file_is_one_line_in_every_script(tiny_base, tmp_path, run_here, content):
+    base, folder = share(tiny_base, tmp_path), tmp_path / "base_checkpoints" / "t"
+    enc = M.load_tokenizer(base / "tokenizer")
+    write_checkpoint(folder, small_model(vocab=enc.n_vocab))
+    path = folder / "meta_000010.json"
+    if content == "truncated weights":                      # of a checkpoint without sha256
+        truncate(folder / "model_000010.pt")
+    elif callable(content):
+        change_meta(folder, 10, content)
+    else:
+        path.write_bytes(content)
+    before = contents(folder)
+    for module, args in every_reader("t"):
+        status, said = run_here(module, args, base)
+        assert status == 1 and "Traceback" not in said and str(folder) in said.splitlines()[-1], (
+            module, said)
+    assert {k: v for k, v in contents(folder).items() if k != ".lock"} == before
+    assert not (base / "hf_base").exists()
+    _, said = run_here(ev, ["--status"], base)
+    assert str(folder) in said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.json", "questions.jsonl"])
+@pytest.mark.parametrize("content", [
+    *BAD_JSON, b'{"sections": null}', b'{"key": [], "sections": {"scale": 1}, "sha256": ""}',
+    b'{"step": null, "val_bpb": 1}', b'{"step": 1, "val_bpb": "low"}', b'{"step": 1, "switch": 3}',
+    b'{"source": "mmlu", "messages": []}', b'{"source": "mmlu", "messages": [1, 2]}', "folder"])
+def test_a_bad_record_is_one_line_or_no_matter(own, monkeypatch, run_here, name, content):
+    """The scripts that read it either end with a line that names the file, or do without it."""
+    monkeypatch.setattr(ev, "QUICK", SMALL)
+    stage = "chatsft_checkpoints" if name == "questions.jsonl" else "base_checkpoints"
+    path = own / stage / "d3_9tpp" / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if content == "folder" else path.write_bytes(content)
+    readers = [(ev, ["--status"]), (ev, ["--table", "d3_9tpp"]),
+               (export_hf, ["--tag", "d3_9tpp", "--push", "me", "--dry-run"])]
+    if stage == "chatsft_checkpoints":
+        shutil.rmtree(own / "base_checkpoints")             # so only the chat model is evaluated
+        readers = [(ev, ["--status"]), (ev, ["d3_9tpp", "--quick"])]
+    for module, args in readers:
+        status, said = run_here(module, args, own)
+        assert "Traceback" not in said and (status == 0 or str(path) in said or
+                                            "is not evaluated" in said), said
+
+
 # ==== Bad use of a command is one clear line ======================================================
 
 @pytest.mark.parametrize("command, words", [
@@ -3151,6 +3281,38 @@ def test_bad_use(tiny_base, tmp_path, monkeypatch, refused, command, words):
     refused(sys.modules[name], args, words.split("|"), base)
     there = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert there <= {"BAD", ".lock"}
+
+
+@pytest.mark.parametrize("name", ["tok", "pretrain", "sft", "eval", "export_hf"])
+def test_a_folder_where_a_file_belongs_is_named(tmp_path, run_here, name):
+    """And so is whatever else the system refuses."""
+    base, args = tmp_path / "base", {"tok": ["--workers", 1], "pretrain": [*TINY, "--tag", "t"],
+                                     "export_hf": ["--tag", "t"]}
+    write_tokenizer(base / "tokenizer")
+    for each in ("tokenizer/tokenizer.tiktoken", "data/climbmix/a.parquet",
+                 "data/climbmix/b.parquet", "base_checkpoints/t/meta_000010.json"):
+        (base / each).unlink(missing_ok=True)
+        (base / each).mkdir(parents=True)
+    if name == "tok":
+        shutil.rmtree(base / "tokenizer")
+    status, said = run_here(sys.modules[name], args.get(name, ["--tag", "t"] if name == "sft"
+                                                        else ["t"]), base)
+    assert status == 1 and re.search("Is a directory|is a directory|not a regular file", said), said
+
+
+def test_output_that_nobody_reads_on_ends_quietly(tmp_path):
+    command = f"{sys.executable} {HERE}/pretrain.py --plan {'d18_9tpp ' * 200} | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("tag ") and result.stderr == ""
+
+
+@pytest.mark.parametrize("more, says", [({}, "MASTER_ADDR"), ({"WORLD_SIZE": "2"}, "torchrun")])
+def test_a_rank_alone_is_refused(tmp_path, monkeypatch, refused, more, says):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", **more}.items():
+        monkeypatch.setenv(name, value)
+    refused(pretrain, ["--dataset", "local"], ["RANK is set, but not", says], tmp_path)
 
 
 # ==== run_all.sh: the whole way of a model ========================================================
@@ -3234,6 +3396,15 @@ def test_the_driver_refuses(clone, words, env, says):
     result = driver(folder, words, **env)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and says in result.stderr
     assert not (folder / "calls").exists()
+
+
+def test_an_empty_argument_is_refused_and_a_base_folder_may_begin_with_a_dash(clone):
+    folder = clone(RECORD)
+    for words, status, said in (([""], 1, "an empty argument"), (["d2", "1"], 0, "")):
+        result = subprocess.run(["bash", folder / "run_all.sh", *words], capture_output=True,
+                                text=True, cwd=folder, env=driver_env(NANOCHAT_BASE_DIR="-x"))
+        assert result.returncode == status and said in result.stderr, result.stderr
+    assert "+ NANOCHAT_BASE_DIR=./-x pretrain.py" in result.stdout.replace("python ", "")
 
 
 def test_the_stages_of_a_release(clone):
