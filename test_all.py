@@ -1052,13 +1052,9 @@ def test_the_workers_end_when_their_parent_is_killed(tmp_path):
         pass
 
     def workers():
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                words = path.read_bytes()
-                if b"spawn_main" in words and f"={process.pid},".encode() in words:
-                    found.append(path.parent)
-        return found
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        paths = [Path("/proc") / child for child in children]
+        return [path for path in paths if b"spawn_main" in (path / "cmdline").read_bytes()]
     end = time.time() + 30
     while not (found := workers()):
         assert time.time() < end
