@@ -343,20 +343,19 @@ def one_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def say(text, file=None):
-    """Prints a line. If nobody can read it any more (`| head`, a closed terminal), discards all
-    further output and sends this process SIGTERM: a training run then saves and stops."""
-    file = file or sys.stdout
+def say(text):
+    """Prints a line. If nobody can read it any more (`| head`, a closed terminal), sends this
+    process SIGTERM: a training run then saves and stops."""
     try:
-        print(text, file=file, flush=True)
+        print(text, flush=True)
     except OSError:
-        discard(file)
+        discard_output()
         signal.raise_signal(signal.SIGTERM)
 
 
-def discard(file):
-    """Sends all further output to /dev/null, also what Python flushes when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+def discard_output():
+    """Sends to /dev/null what is still printed, and what Python flushes when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def guard(main):
@@ -371,24 +370,20 @@ def guard(main):
     except KeyboardInterrupt:
         code = "interrupted"
     except BrokenPipeError:                                 # `| head`: no more is wanted
-        discard(sys.stdout)
+        discard_output()
         code = 128 + signal.SIGPIPE
     except OSError as e:
         code = one_line(e)
     except (MemoryError, torch.OutOfMemoryError) as e:
         code = f"out of memory ({one_line(e)}): use a smaller --device-batch-size"
     except RuntimeError as e:
-        if os.environ.get("RANK", "0") == "0" or not connection_lost(e):
+        if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
             raise
-        code = 1                                            # rank 0 has ended, and said why
+        code = ("another process has ended, and may have said why: the same command resumes from "
+                "the last checkpoint")
     if isinstance(code, str) and os.environ.get("LOCAL_RANK", "0") != "0":
         code = 1
     sys.exit(code)
-
-
-def connection_lost(error):
-    """Whether a collective failed because another process has ended."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 # The command line: a dataclass whose comments are the help and the rules
@@ -934,7 +929,8 @@ def fetch_url(url, dest, patience=600, check=None):
         atomic_write(dest, reply.content)
 
     if not Path(dest).exists():
-        retry(url, patience, attempt, "download it in another way, and give the path of the file")
+        retry(url, patience, attempt, "download it in another way and give its path instead of "
+                                      "the URL, as with --identity FILE or --words FILE")
     return Path(dest)
 
 

@@ -1046,26 +1046,24 @@ def test_rows_tell_four_facts_and_ask_for_them_and_a_prompt_has_one_right_answer
         assert len(facts) == 4 and [fact for fact in facts if key_of(fact) == question] == [answer]
 
 
-def test_the_workers_end_when_their_parent_is_killed(tmp_path):
-    process = start("demo.py", "--steps", 100_000, base=tmp_path)
-    while "models" not in process.stdout.readline():
-        pass
+WORKERS = """
+import demo, multiprocessing, time
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(2, demo.prepare_worker) as pool:
+        pool.map(abs, range(2))
+        print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+        time.sleep(60)
+"""
 
-    def workers():
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        paths = [Path("/proc") / child for child in children]
-        return [path for path in paths if b"spawn_main" in (path / "cmdline").read_bytes()]
-    end = time.time() + 30
-    while not (found := workers()):
-        assert time.time() < end
-        time.sleep(0.1)
-    time.sleep(3)                                           # they import torch
+
+def test_the_workers_end_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "workers.py").write_text(WORKERS)
+    process = start(tmp_path / "workers.py", base=tmp_path)
+    workers = [Path("/proc") / pid / "cmdline" for pid in process.stdout.readline().split()]
+    assert len(workers) == 2 and all(path.exists() for path in workers)
     process.kill()
-    process.communicate()
-    end = time.time() + 30
-    while any(path.exists() for path in found):
-        assert time.time() < end, found
-        time.sleep(0.1)
+    process.communicate()                                   # returns when the workers have ended
+    assert not any(path.exists() and path.read_bytes() for path in workers)
 
 
 def test_drope_is_rope_until_the_switch(monkeypatch):
@@ -1569,7 +1567,8 @@ def test_a_learning_rate_may_be_0(half_way, tmp_path, run_here):
 
 @pytest.mark.parametrize("change, words", [
     ("shard_00000", ["shard_00000.parquet", "not the file that this run began with"]),
-    ("shard_06542", ["validation_sha256 = "]), ("zzz", ["validation_file = shard_06542", "not zzz"]),
+    ("shard_06542", ["validation_sha256 = "]),
+    ("zzz", ["validation_file = shard_06542", "not zzz"]),
     ("aaa", ["does not hold the shards that this run has read", "shard_00000"]), ("zz_2", [])])
 def test_other_data_than_it_began_with_stop_a_run(half_way, tiny_base, tmp_path, refused, change,
                                                   words, run_here):
@@ -3161,8 +3160,8 @@ def test_a_chat_ends_at_the_stop_token(exported):
 
 # ==== Bad files are one clear line, whatever is in them ===========================================
 
-BAD_JSON = [b"", b"{}", b"null", b"[]", b"7", b'"x"', b"{", b"\xff\xfe", b"[" * 9999, b'{"step": 10}',
-            b'{"model_config": null}', b'{"model_config": {}}']
+BAD_JSON = [b"", b"{}", b"null", b"[]", b"7", b'"x"', b"{", b"\xff\xfe", b"[" * 9999,
+            b'{"step": 10}', b'{"model_config": null}', b'{"model_config": {}}']
 META_HARM = [
     lambda meta: meta["model_config"].update(n_layer=3),                    # layers are missing
     lambda meta: meta["model_config"].update(n_layer=100_000),
