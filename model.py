@@ -881,7 +881,8 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
     from huggingface_hub import constants, hf_hub_download
     name, dest = f"{filename} of {repo_id}", Path(dest)
     where = dict(repo_type=repo_type, revision=revision)
-    part = dest.parent / ".part" / dest.name        # a folder: huggingface_hub keeps its own files
+    part = dest.with_name(f".{dest.name}.part")     # a folder: huggingface_hub keeps its own files
+    lock_path = dest.with_name(f".{dest.name}.lock")
 
     def download():
         if part.exists():                           # an earlier attempt, perhaps another program's
@@ -901,7 +902,7 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
     if constants.HF_HUB_OFFLINE:
         raise FetchError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids to download it")
     try:
-        lock = lock_file(part.with_name(f"{dest.name}.lock"), wait=patience)
+        lock = lock_file(lock_path, wait=patience)
     except BlockingIOError:
         raise FetchError(f"{name}: another process has been downloading it for more than "
                          f"{patience:.0f} s") from None
@@ -909,6 +910,7 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
         if not dest.exists():
             about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
             retry(name, patience + (about.size or 0) / 1e6, download)
+        lock_path.unlink(missing_ok=True)           # who waits for it finds dest, and is content
     return dest
 
 

@@ -1400,6 +1400,7 @@ def test_two_jobs_fetch_each_shard_once_and_undamaged_past_every_fault(hub, tmp_
     data = tmp_path / "data" / "climbmix"
     got = {path.name: path.read_bytes() for path in data.glob("*.parquet")}
     assert got == hub.files and not any(hub.faults.values())
+    assert {path.name for path in data.iterdir()} == {*hub.files, "index.json"}     # no leftovers
     assert json.loads((data / "index.json").read_text())["revision"] == hub.revision
     assert sorted(hub.bodies) == sorted([*got, *hub.faults])
 
@@ -1471,7 +1472,8 @@ def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert "damaged on the way" in said and "was interrupted: starting from zero" in said
     assert M.file_hash(tmp_path / "shard") == M.file_hash(
-        Path(hub.env["HF_HOME"]) / "shard") and not list(tmp_path.glob(".part/shard"))
+        Path(hub.env["HF_HOME"]) / "shard") and {"shard"} == {
+            path.name for path in tmp_path.iterdir()}
 
 
 def test_a_request_to_stop_is_followed_while_data_are_awaited(capsys):
@@ -3739,6 +3741,48 @@ def test_bench_memory_of_the_loss(tmp_path):
     plain, ours = peak
     assert 0 < ours < 0.5 * plain
     print(f"\nmemory of the loss: {ours} MB in chunks, {plain} MB at once")
+
+
+TWO = """
+import json, sys, time
+import numpy as np, torch
+import model as M, muon
+env, T = M.setup_env(), 256
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = M.GPT(M.GPTConfig.from_depth(4, 2048, T))
+model.init_weights()
+optimizer, env.micro = muon.build_optimizer(model), 4
+rows = np.random.default_rng(0).integers(0, 2048, (2, 32, T)).astype(np.int32)
+blocks = iter(rows.reshape(2, 8, 4, T).swapaxes(0, 1))
+validation = M.ValidationRows(lambda n: next(blocks, None), T, torch.ones(2048).long(), env)
+validation.pack(32, lambda: None)
+x, y = torch.from_numpy(rows)
+def step():
+    M.accumulate_gradients(model, x, y, env)
+    optimizer.step()
+    optimizer.zero_grad()
+def best(function):
+    seconds = []
+    for _ in range(6):
+        start = time.time()
+        function()
+        seconds.append(time.time() - start)
+    return min(seconds)
+result = [best(lambda: validation.bits_per_byte(model, 32)), best(step)]
+if env.rank == 0:
+    print(json.dumps(result))
+"""
+
+
+@pytest.mark.bench
+def test_bench_two_processes_against_one(tmp_path):
+    """On two cores, with a thread each."""
+    (tmp_path / "two.py").write_text(TWO)
+    one, two = [json.loads(script(tmp_path / "two.py", base=tmp_path, processes=n).splitlines()[0])
+                for n in (0, 2)]
+    print(f"\ntwo processes / one: validation {two[0] / one[0]:.2f}, training step "
+          f"{two[1] / one[1]:.2f}")
 
 
 @pytest.mark.bench
