@@ -136,7 +136,7 @@ class Texts:
         texts = sorted((text or "" for text in texts), key=len, reverse=True)
         self.enc, self.nbytes = enc, token_bytes(enc).numpy()
         self.bos = enc.encode_single_token("<|bos|>")
-        self.name = f"{tokenizer_hash(enc)} {path.name} {path.stat().st_size}"
+        self.name = f"{tokenizer_hash(enc)} {path.name} {file_hash(path)}"
         n = min(150, len(texts) // 4)
         longest = sorted(encode(enc, texts[:n]), key=len, reverse=True)
         self.fit = longest[2::3][:sizes.documents // 4]
@@ -506,15 +506,22 @@ def how_far(folder):
 # ---- One tag after the other ---------------------------------------------------------------------
 
 def validation_shard(meta):
-    """(path, text column) of the shard that the run was validated on; if that is gone, of the
-    series' own, downloaded."""
-    own, column = meta["user_config"].get("data_dir"), meta["user_config"].get("text_column")
+    """(path, text column) of the file that the run was validated on. Of the series' own it is
+    downloaded if it is gone. Exits if there is only another file of that name."""
+    config, data = meta["user_config"], meta.get("data", {})
     name = meta.get("validation_file", "shard_06542.parquet")
-    if isinstance(own, str) and own and (Path(own) / name).exists():
-        return Path(own) / name, column if isinstance(column, str) else "text"
-    name = "shard_06542.parquet"
-    shard = base_dir() / "data" / "climbmix" / name
-    return fetch("karpathy/climbmix-400b-shuffle", name, shard, patience=60), "text"
+    column = config.get("text_column", "text")
+    places = [Path(str(config.get("data_dir", ""))) / name, base_dir() / "data" / "climbmix" / name]
+    there = [path for path in places if path.is_file()]
+    for path in there:
+        if data.get("validation_sha256", "") in ("", file_hash(path)):
+            return path, column
+    if there:
+        sys.exit(f"{there[0]} is not the file that the run was validated on: put that one there")
+    if config.get("dataset") == "local":
+        sys.exit(f"{places[0]}, which the run was validated on, is missing: put it there, or into "
+                 f"{places[1].parent}")
+    return fetch("karpathy/climbmix-400b-shuffle", name, places[1], patience=60), column
 
 
 def evaluate_base(folder, cfg, sizes, env):
@@ -557,7 +564,8 @@ def evaluate_chat(folder, export, cfg, sizes, env):
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         sys.exit(f"{folder / 'questions.jsonl'} is damaged ({one_line(e)}): sft.py writes it")
     chat = Chat(export, env)
-    key = dict(sha256=file_hash(export / "model.safetensors"), sizes=str(sizes))
+    key = dict(sha256=file_hash(export / "model.safetensors"), sizes=str(sizes),
+               questions=file_hash(folder / "questions.jsonl"))
     results = Results(folder, cfg.quick, key)
     for source, most, new_tokens in (("mmlu", sizes.questions, 0),
                                      ("gsm8k", sizes.questions, sizes.new_tokens),

@@ -1262,9 +1262,8 @@ class Run:
         """How a checkpoint's recipe differs from this run's (fields in `but` aside), or ""."""
         if "recipe" not in meta:
             return "other code, which does not say all that a resumed run needs; sft.py can use it"
-        then, now = ({field: value for field, value in recipe.items() if field not in but}
-                     for recipe in (meta["recipe"], self.recipe))
-        return difference(then, now)
+        now = {field: value for field, value in self.recipe.items() if field not in but}
+        return difference({field: meta["recipe"].get(field) for field in now}, now)
 
     def same_data(self, data):
         """Exits if the run began with other data. data: {what: its file, size or hash}, which goes
@@ -1311,12 +1310,14 @@ class Run:
 
     def open_metrics(self):
         """metrics.jsonl as it was when the checkpoint was made, to add to."""
-        before = b""
-        if self.source and not (self.source / "metrics.jsonl").exists():
-            self.say(f"{self.source / 'metrics.jsonl'} is missing: what it held until step "
-                     f"{self.step} is lost, the run goes on")
-        elif self.source:
-            before = (self.source / "metrics.jsonl").read_bytes()[:self.meta["metrics_bytes"]]
+        before, size = b"", self.meta.get("metrics_bytes", 0)
+        if self.source:
+            path = self.source / "metrics.jsonl"
+            before = path.read_bytes()[:size] if path.exists() else b""
+            if len(before) < size:
+                before = before[:before.rfind(b"\n") + 1]
+                self.say(f"{path} is missing, or shorter than at step {self.step}: what it held is "
+                         "lost, the run goes on")
         atomic_write(self.folder / "metrics.jsonl", before)
         self.metrics = open(self.folder / "metrics.jsonl", "a")
 

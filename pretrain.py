@@ -20,7 +20,7 @@ fit on one GPU.
 import signal, sys
 if __name__ == "__main__":              # so that Ctrl-C during the imports is no traceback
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import contextlib, json, math, re, resource, threading, time
+import contextlib, hashlib, json, math, os, re, resource, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Config:                           # the comments are the help; "> 0" and "
     plan: tuple = ()                    # print steps, tokens, hours, disk of these tags, and stop
     speed: float = 170_000              # of the plan: tokens/s for d18, modelled for an H100, > 0
     bench: bool = False                 # time steps on random tokens, print one JSON line, and stop
-    vocab_size: int = 32768             # of --bench and --plan, 1 to 1000000; else the tokenizer's
+    vocab_size: int | None = None       # of --bench and --plan, 1 to 1000000; default: 32768
 
 
 # What changes the weights, so that a resumed run must have the same
@@ -99,6 +99,9 @@ def resolve(cfg):
     if not 1 <= cfg.depth <= 99 or cfg.tpp == 0 or not 0 <= (cfg.drope or 0) <= 99:
         sys.exit(f"--tag {cfg.tag}: depth is 1 to 99, tokens per parameter above 0, drope 0 to 99")
     cfg.tag = cfg.tag or name_of(cfg.depth, cfg.tpp, cfg.drope)
+    if cfg.tag.endswith("_long"):
+        sys.exit(f"--tag {cfg.tag}: names in _long are for fine-tuning, sft.py --tag {cfg.tag}, "
+                 f"which takes the base model {cfg.tag.removesuffix('_long')}")
     if not re.fullmatch(r"\w[\w.-]*", cfg.tag):
         sys.exit(f"--tag {cfg.tag!r}: a folder's name of letters, digits, _ - and .")
     if cfg.keep and not re.fullmatch(r"\d{1,2}(\.\d+)?(,\d{1,2}(\.\d+)?)*", cfg.keep):
@@ -163,6 +166,12 @@ def check_sizes(cfg, derived, world=1):
 
 # ---- Shards: which there are, and fetching the next ones ahead ----------------------------------
 
+def stat_of(path):
+    """Changes when a file is replaced."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
 class Shards:
     """The training shards, sorted by name; the last file is the validation set. What is missing is
     fetched. sha256: {name: hash} of those that are known, from the hub or from reading them."""
@@ -181,6 +190,21 @@ class Shards:
                      "sorted by name, the last one is the validation set. Put them there, or leave "
                      "out --dataset local")
         *self.names, self.validation = sorted(names)
+        self.stats = {}                 # of each file when its hash was taken
+
+    def fingerprint(self):
+        """What the training files are: of the hub's their hashes, of others in a local folder their
+        sizes and last 64 KiB, where parquet describes its contents. Nobody waits for all hashes."""
+        digest = hashlib.sha256(repr(self.names).encode())
+        for name in self.names:
+            if self.cfg.dataset != "local":
+                digest.update(self.sha256[name].encode())
+                continue
+            with open(self.folder / name, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 65536))
+                digest.update(b"%d " % size + file.read())
+        return f"{len(self.names)} files, {digest.hexdigest()[:16]}"
 
     def index(self):
         """(revision, {name: sha256}) of the hub, which stay in the folder: later runs read the same
@@ -219,6 +243,7 @@ class Shards:
         """The sha256 of a shard. FetchError if it is not the known one: of the hub, or of the file
         that this run, or the one that it branches off, has read."""
         path = self.get(name)
+        self.stats[name] = stat_of(path)
         sha256 = file_hash(path)
         if self.sha256.setdefault(name, sha256) != sha256:
             raise FetchError(f"{path} is damaged, or not the file that this run began with (its "
@@ -238,6 +263,8 @@ class Shards:
         """The documents of a row group, or without `group` the number of row groups."""
         import pyarrow
         path, column = self.get(name), self.cfg.text_column
+        if self.stats.setdefault(name, stat_of(path)) != stat_of(path):
+            raise FetchError(f"{path} was replaced while it was being read: {self.advice}")
         try:
             with text_column(path, column) as shard:
                 if group is None:
@@ -266,6 +293,7 @@ class PackedRows:
         self.groups = self.texts = None                         # of the shard that is being read
         self.buffer, self.lengths = [], np.empty(0, np.int64)   # documents, and their tokens
         self.seen = self.cut = 0                                # tokens
+        self.found_text = bool(state)
         if state:
             self.resume(state)
 
@@ -302,7 +330,7 @@ class PackedRows:
             self.epoch, self.shard = self.epoch + 1, 0
             if self.epoch != self.epochs:
                 say(f"epoch {self.epoch + 1}: documents repeat, all {len(self.names)} shards are "
-                    "read")
+                    f"read (and {len(self.buffer)} short documents still wait for room in a row)")
         if self.epoch == self.epochs:
             return False
         name = self.names[self.shard]
@@ -322,6 +350,7 @@ class PackedRows:
         for ids in encode(self.enc, texts):
             for start in range(0, max(1, len(ids)), body):
                 new.append(np.array([self.bos] + ids[start:start + body], dtype=np.int32))
+        self.found_text |= any(len(document) > 1 for document in new)
         self.buffer += new
         self.lengths = np.concatenate([self.lengths, [len(document) for document in new]])
         self.seen += sum(map(len, new))
@@ -359,7 +388,7 @@ class PackedRows:
         if not made:
             return None
         made = np.array(made, dtype=np.int32)
-        if (made == self.bos).all():
+        if not self.found_text:
             raise FetchError(f"{self.shards.folder} holds documents without text in column "
                              f"{self.shards.cfg.text_column!r}: use other shards")
         return np.stack((made[:, :-1], made[:, 1:]))
@@ -395,13 +424,17 @@ def hours_of(cfg, derived, steps):
     def flops_per_token(sizes):
         return 6 * sizes.N + 6 * sizes.config.n_layer * sizes.config.n_embd * cfg.max_seq_len
 
-    d18 = derive(replace(cfg, depth=18, tpp=9.0, drope=None, tag=""), cfg.vocab_size)
+    d18 = derive(replace(cfg, depth=18, tpp=9.0, drope=None, tag="", total_batch_size=None), 32768)
     tokens = steps * derived.batch
     return tokens * flops_per_token(derived) / (cfg.speed * flops_per_token(d18)) / 3600
 
 
 def plan(cfg):
-    """Prints what each tag costs. Exits with one line if its sizes do not fit together."""
+    """Prints what each tag costs. Exits with one line if its sizes do not fit together. The
+    vocabulary is that of --vocab-size, or of the tokenizer if there is one, or 32,768."""
+    if cfg.vocab_size is None and (base_dir() / "tokenizer" / "config.json").exists():
+        cfg.vocab_size = load_tokenizer(base_dir() / "tokenizer").n_vocab
+    cfg.vocab_size = cfg.vocab_size or 32768
     planned, total_hours, total_disk, most_shards = set(), 0.0, 0.0, 0
     print("tag                         steps  tokens shards hours   disk  pretraining")
     for tag in cfg.plan:
@@ -410,11 +443,13 @@ def plan(cfg):
         resolve(one)
         derived, trunk = derive(one, cfg.vocab_size), name_of(one.depth, one.tpp, None)
         check_sizes(one, derived)
-        kept = checkpoint_steps(base_dir() / "base_checkpoints" / trunk)
+        kept = set(checkpoint_steps(base_dir() / "base_checkpoints" / trunk))
+        if trunk in planned:
+            kept |= kept_steps(replace(one, drope=None), derived.steps)
         steps, how = derived.steps, "from scratch"
         if base in planned:
             steps, how = 0, f"that of {base}"
-        elif one.drope and (trunk in planned or derived.switch in kept):
+        elif one.drope and derived.switch in kept:
             steps, how = derived.steps - derived.switch, f"from step {derived.switch:,} of {trunk}"
         # A checkpoint holds for each parameter 4 bytes of weight and 4 of Muon's momentum, or 8 of
         # AdamW's moments in embedding and head. Pretraining and fine-tuning keep two each, a run
@@ -439,6 +474,7 @@ def plan(cfg):
 
 def bench(cfg, env):
     """One JSON line: the median of 20 steps on random tokens, after 3 to warm up."""
+    cfg.vocab_size = cfg.vocab_size or 32768
     derived = derive(cfg, cfg.vocab_size)
     derived.steps = 1                                       # whatever the tpp
     rows = check_sizes(replace(cfg, drope=None), derived, env.world)
@@ -581,7 +617,7 @@ def main():
     shards = data = trunk = None
     if env.rank == 0:
         shards = Shards(cfg)
-        data = {"validation_file": shards.validation,
+        data = {"training_files": shards.fingerprint(), "validation_file": shards.validation,
                 "validation_sha256": shards.hash(shards.validation)}
     run.same_data(data)
     if env.rank == 0 and run.source is None:

@@ -191,6 +191,8 @@ train() {
 # ---- The way of the tags -------------------------------------------------------------------------
 
 plan() {
+    local vocab='--vocab-size[= ]([0-9]+)'
+    [[ "${TOK[*]}" =~ $vocab ]] && set -- "$@" --vocab-size "${BASH_REMATCH[1]}"
     python pretrain.py "${PRETRAIN[@]}" --tag "${1%_long}" --plan "$@" ${SPEED:+--speed $SPEED}
 }
 

@@ -1568,23 +1568,26 @@ def test_a_learning_rate_may_be_0(half_way, tmp_path, run_here):
 
 
 @pytest.mark.parametrize("change, words", [
-    ("shard_00000", ["shard_00000.parquet", "not the file that this run began with"]),
+    ("shard_00000", ["training_files = 3 files, ", "not 3 files, "]),
+    ("shard_00002", ["training_files = 3 files, ", "not 3 files, "]),
     ("shard_06542", ["validation_sha256 = "]),
-    ("zzz", ["validation_file = shard_06542", "not zzz"]),
-    ("aaa", ["does not hold the shards that this run has read", "shard_00000"]), ("zz_2", [])])
+    ("zzz", ["training_files = 3 files, ", "not 4 files, "]),
+    ("shard_00000 stealthily", ["shard_00000.parquet", "not the file that this run began with"])])
 def test_other_data_than_it_began_with_stop_a_run(half_way, tiny_base, tmp_path, refused, change,
-                                                  words, run_here):
-    """A shard that it has read, the validation set (the last file by name), a file before the one
-    that is being read. A shard that comes later is no other data."""
+                                                  words):
+    """A shard that it has read, one that it has not, the validation set, one more file, which would
+    be the validation set; a shard that has changed in the middle."""
     (tmp_path / "data").unlink()
     shutil.copytree(tiny_base / "data", tmp_path / "data")
     folder = tmp_path / "data" / "climbmix"
-    if change == "zz_2":
-        write_shard(folder / "shard_00005.parquet", some_texts(60, 5))
-        assert run_here(pretrain, DROPE, tmp_path)[0] == 0
+    if "stealthily" in change:                              # as if its end had stayed the same
+        damage(folder / "shard_00000.parquet")
+        cfg = pretrain.Config(dataset="local", data_dir=str(folder))
+        same_end = pretrain.Shards(cfg).fingerprint()
+        change_meta(half_way, 15, lambda meta: meta["data"].update(training_files=same_end))
     else:
         write_shard(folder / f"{change}.parquet", some_texts(700, 5), 256)
-        refused(pretrain, DROPE, words, tmp_path)
+    refused(pretrain, DROPE, words, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["train", "validation"])
@@ -2094,6 +2097,12 @@ def test_files_are_compared_by_content_and_may_move(sft_half_way, run_here, name
     assert "Use the same, or for a new run another --tag" in said or not name
 
 
+def test_a_resumed_run_does_without_its_base_model(sft_half_way, run_here):
+    base, _, args = sft_half_way
+    shutil.rmtree(base / "base_checkpoints")
+    assert run_here(sft, args, base)[0] == 0
+
+
 def test_a_validation_set_in_which_no_token_counts_is_refused(sft_half_way, refused):
     base, files, args = sft_half_way
     shutil.rmtree(base / "chatsft_checkpoints")
@@ -2410,6 +2419,21 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
     points = [(0, 5), (5, 0.9), (5, 1.4), (5, 5 / 6), (10, 5 / 11)]         # two at the switch
     assert ev.validations(dropped) == (points, 5)
     assert ev.places("t_drope_50_long")[0] == dropped               # the base model of a long tag
+
+
+def test_another_validation_file_than_that_of_the_run_is_refused(drope_run, tiny_base, tmp_path,
+                                                                refused):
+    """Also one of the same size; and one that is gone."""
+    shutil.copytree(drope_run, share(tiny_base, tmp_path) / "base_checkpoints" / "drope")
+    (tmp_path / "data").unlink()
+    shutil.copytree(tiny_base / "data", tmp_path / "data")
+    file = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
+    change_meta(tmp_path / "base_checkpoints" / "drope", 20,
+                lambda meta: meta["user_config"].update(data_dir=str(file.parent)))
+    damage(file)
+    refused(ev, ["drope", "--quick"], [str(file), "is not the file that the run"], tmp_path)
+    file.unlink()
+    refused(ev, ["drope", "--quick"], [str(file), "is missing"], tmp_path)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -3244,7 +3268,7 @@ def test_a_bad_record_is_one_line_or_no_matter(own, monkeypatch, run_here, name,
     ("pretrain --tag d9_9tpp --depth 18", "--tag d9_9tpp|--depth 18"),
     ("pretrain --tag d9_9tpp_drope_50 --drope 25", "--tag d9_9tpp_drope_50|--drope 25"),
     ("pretrain --tag d18_9.0tpp", "written d18_9tpp"), ("pretrain --tag d18", "a tag is like d18_"),
-    ("pretrain --tag d18_9tpp_long", "written d18_9tpp"), ("pretrain --keep 150", "below 100"),
+    ("pretrain --tag d18_9tpp_long", "written d18_9tpp"), ("pretrain --tag my_long", "sft.py"), ("pretrain --keep 150", "below 100"),
     ("pretrain --total-batch-size 5000", "5000|max_seq_len|use 4096"),
     ("pretrain --tpp 0.001", "--tpp 0.001|0 steps"), ("pretrain --tpp 50000", "--tpp 50000|9999"),
     ("pretrain --data-dir /nowhere", "/nowhere|validation"),
@@ -3373,6 +3397,11 @@ def test_the_plans_of_the_release_and_of_the_tiny_run(clone):
     assert sum("from scratch" in row for row in said) == 5
     assert sum("from step" in row for row in said) == 9
     assert sum("that of" in row for row in said) == 6       # the _long ones
+    status = driver(folder, "release --dry-run", TAGS="d18_9tpp d18_9tpp_drope_33")
+    assert "from step" not in status.stdout                 # 33% is not kept
+    out = driver(folder, "d2 3 --dry-run", TOK="--vocab-size 1024").stdout.split("\n")
+    assert out[1].split()[1] == driver(folder, "d2_3tpp --dry-run", PRETRAIN="--vocab-size 1024"
+                                       ).stdout.split("\n")[1].split()[1]
     result = driver(folder, "--dry-run")
     ran = [line.split()[3] for line in result.stdout.splitlines() if line.startswith("+ ")]
     assert result.returncode == 0 and ran == [
