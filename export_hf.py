@@ -210,7 +210,7 @@ def export(source):
             os.rename(temp / "new", dest)
         finally:
             shutil.rmtree(temp, ignore_errors=True)
-    print(f"{source.folder} step {source.step} -> {dest}")
+    print(f"{source.folder} step {source.step} -> {dest}", "(unfinished)" * bool(source.lacks))
     return list(files)
 
 

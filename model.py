@@ -364,7 +364,7 @@ def guard(main):
     one prints it."""
     try:
         code = main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except SystemExit as e:
         code = e.code
     except KeyboardInterrupt:
@@ -377,6 +377,8 @@ def guard(main):
     except (MemoryError, torch.OutOfMemoryError) as e:
         code = f"out of memory ({one_line(e)}): use a smaller --device-batch-size"
     except RuntimeError as e:
+        if "can't allocate memory" in str(e):               # what torch says of a CPU's
+            sys.exit(f"out of memory ({one_line(e)}): use a smaller --device-batch-size")
         if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
             raise
         code = ("another process has ended, and may have said why: the same command resumes from "
@@ -437,8 +439,7 @@ def log_head(*parts, **more):
     print(f"# {' '.join(sys.argv)}\n# commit {commit} | python {platform.python_version()} | "
           f"torch {torch.__version__} | {platform.machine()}")
     for key, value in [*(pair for part in parts for pair in vars(part).items()), *more.items()]:
-        print(f"# {key} = {value}")
-    sys.stdout.flush()
+        print(f"# {key} = {value}", flush=True)
 
 
 # The tokenizer that tok.py made
@@ -725,6 +726,8 @@ def check_checkpoint(folder, step):
     for name, expected in meta.get("sha256", {}).items():
         path = Path(folder) / Path(name).name
         if not path.exists():
+            if meta.get("finished") and path != weights:    # only fine-tuning still needs them
+                continue
             raise Damaged(f"{path} is missing")
         if file_hash(path) != expected:
             raise Damaged(f"{path} is damaged: its sha256 is not the one in its meta file")
@@ -744,8 +747,11 @@ def newest_checkpoint(folder):
     """The newest step that check_checkpoint accepts, None where there is no checkpoint at all.
     Damaged ones are passed over, with a notice. Exits if all are: nobody wants to start over
     without being asked. OSError if a file cannot be read."""
-    problems = []
-    for step in reversed(checkpoint_steps(folder)):
+    problems, steps = [], checkpoint_steps(folder)
+    if not steps and len(list(Path(folder).glob("model_*.pt"))) > 1:        # 1: a first save failed
+        raise Damaged(f"{folder} has model_*.pt files but no meta_*.json: put these back, or move "
+                      "that folder away to start over")
+    for step in reversed(steps):
         try:
             check_checkpoint(folder, step)
         except Damaged as e:
@@ -1304,7 +1310,8 @@ class Run:
             threading.Thread(target=self.make_batches, args=(stream, rows), daemon=True).start()
         self.started, self.done_at_start, self.saved = time.time(), self.done, self.step
         self.capture(self.step, position)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGXCPU):
             if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
                 signal.signal(number, self.take_signal)
 
@@ -1407,12 +1414,15 @@ class Run:
     def log(self, **record):
         """Adds a line to metrics.jsonl."""
         if self.env.rank == 0:
-            self.metrics.write(json.dumps(record) + "\n")
-            self.metrics.flush()
+            try:
+                self.metrics.write(json.dumps(record) + "\n")
+                self.metrics.flush()
+            except OSError as e:                            # a full disk: saves, if it can
+                self.signal = f"metrics.jsonl cannot be written ({one_line(e)})"
 
     def take_signal(self, number, frame):
-        """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal) and Ctrl-C ask the
-        run to stop. Ctrl-C after any of them does not wait."""
+        """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal), Ctrl-C and others
+        ask the run to stop. Ctrl-C after any of them does not wait."""
         if number == signal.SIGINT and self.signal:
             sys.exit("interrupted")
         if self.signal is None and self.env.rank == 0:

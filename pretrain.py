@@ -575,9 +575,10 @@ def trunk_problem(run, shards, folder, switch):
     return ""
 
 
-def kept_steps(cfg, steps):
-    """The steps at which a run with RoPE keeps a checkpoint for the runs that drop it there."""
-    percents = cfg.keep.split(",") if cfg.keep and cfg.drope is None else []
+def kept_steps(cfg, steps, before=""):
+    """The steps at which a run with RoPE keeps a checkpoint for the runs that drop it there: those
+    of --keep, and of the --keep with which it ran before it was interrupted."""
+    percents = re.findall(r"[\d.]+", f"{cfg.keep} {before}") if cfg.drope is None else []
     return {round(float(percent) / 100 * steps) for percent in percents}
 
 
@@ -637,7 +638,8 @@ def main():
     validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
                                      token_bytes(enc), env)
     # Loads the checkpoint to start from, and with it whether the model still has RoPE
-    run.start(model, optimizer, stream, rows, kept_steps(cfg, steps), steps=steps, switch=switch,
+    keep = kept_steps(cfg, steps, run.meta.get("user_config", {}).get("keep", ""))
+    run.start(model, optimizer, stream, rows, keep, steps=steps, switch=switch,
               tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
               validation_file=run.data["validation_file"])
 

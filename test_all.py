@@ -146,8 +146,9 @@ def run_here(monkeypatch, capsys):
     def run(module, args, base):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT,
-                                                     signal.SIGHUP)}
+        stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
+                 signal.SIGXCPU)
+        handlers = {number: signal.getsignal(number) for number in stops}
         try:
             M.guard(module.main)
         except SystemExit as e:
@@ -1550,6 +1551,11 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(half_way, tmp_path, monk
         refused(pretrain, DROPE, ["model_000015.pt: Input/output error"], tmp_path)
     damage(half_way / "model_000015.pt")
     refused(pretrain, DROPE, ["no checkpoint that can be used", "move that folder away"], tmp_path)
+    for step in (15, 20):
+        M.checkpoint_files(half_way, step)["meta"].rename(tmp_path / f"{step}")
+    refused(pretrain, DROPE, ["no meta_*.json", "move that folder away"], tmp_path)
+    for step in (15, 20):
+        (tmp_path / f"{step}").rename(M.checkpoint_files(half_way, step)["meta"])
     assert contents(half_way).keys() - {".lock"} == before.keys() - {".lock"}
     assert contents(half_way)["metrics.jsonl"] == before["metrics.jsonl"]
 
@@ -1560,6 +1566,42 @@ def test_a_run_without_its_metrics_resumes_and_says_so(half_way, drope_run, tmp_
     assert status == 0 and f"{half_way / 'metrics.jsonl'} is missing" in said
     assert same(M.load_part(half_way, 20, "model"), M.load_part(drope_run, 20, "model"))
     assert [record["step"] for record in records(half_way)] == [16, 16, 17, 18, 19, 20, 20]
+
+
+def test_a_finished_run_needs_no_optimizer_any_more(half_way, tmp_path, run_here):
+    (half_way / "optim_000020_rank0.pt").unlink()
+    assert "is finished (step 20), skipped" in run_here(pretrain, DROPE, tmp_path)[1]
+    assert M.load_model(half_way)[1]["step"] == 20
+
+
+def test_metrics_are_cut_at_a_line_and_a_disk_that_is_full_for_a_moment_costs_no_step(
+        half_way, tmp_path, monkeypatch, run_here):
+    path = half_way / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:900])
+    log, calls = M.Run.log, []
+
+    def fails(record):
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(run, **record):
+        if record["step"] == 17:
+            monkeypatch.setattr(M.json, "dumps", fails)
+        log(run, **record)
+        monkeypatch.undo() if calls else None
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(M.Run, "log", full)
+    status, said = run_here(pretrain, (*DROPE, "--save-every", 99), tmp_path)
+    assert status == M.INTERRUPTED and "stopped at step 17: metrics.jsonl cannot be" in said
+    assert "shorter than at step 15" in said and M.newest_checkpoint(half_way) == 17
+    M.read_lines(path, {"step": int})
+
+
+def test_what_another_keep_has_kept_stays(trunk_base, tmp_path, tiny_base, run_here):
+    folder = share(tiny_base, tmp_path) / "base_checkpoints" / TRUNK
+    shutil.copytree(trunk_base / "base_checkpoints" / TRUNK, folder)
+    M.checkpoint_files(folder, 20)["meta"].unlink()
+    assert run_here(pretrain, (*TINY, "--keep", "60"), tmp_path)[0] == 0
+    assert M.checkpoint_steps(folder) == [5, 10, 15, 20]
 
 
 def test_a_learning_rate_may_be_0(half_way, tmp_path, run_here):
@@ -3268,7 +3310,8 @@ def test_a_bad_record_is_one_line_or_no_matter(own, monkeypatch, run_here, name,
     ("pretrain --tag d9_9tpp --depth 18", "--tag d9_9tpp|--depth 18"),
     ("pretrain --tag d9_9tpp_drope_50 --drope 25", "--tag d9_9tpp_drope_50|--drope 25"),
     ("pretrain --tag d18_9.0tpp", "written d18_9tpp"), ("pretrain --tag d18", "a tag is like d18_"),
-    ("pretrain --tag d18_9tpp_long", "written d18_9tpp"), ("pretrain --tag my_long", "sft.py"), ("pretrain --keep 150", "below 100"),
+    ("pretrain --tag d18_9tpp_long", "written d18_9tpp"), ("pretrain --tag my_long", "sft.py"),
+    ("pretrain --keep 150", "below 100"),
     ("pretrain --total-batch-size 5000", "5000|max_seq_len|use 4096"),
     ("pretrain --tpp 0.001", "--tpp 0.001|0 steps"), ("pretrain --tpp 50000", "--tpp 50000|9999"),
     ("pretrain --data-dir /nowhere", "/nowhere|validation"),
