@@ -76,7 +76,7 @@ def mcnemar(a, b):
 
 
 def bootstrap(x, size):
-    """[sum(x) / sum(size), low, high]: 95% interval by drawing examples anew, 2,000 times. Where x
+    """[sum(x) / sum(size), low, high]: 95% interval by resampling the examples 2,000 times. Where x
     are differences of two measurements of one example, the interval is paired."""
     drawn = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
     ratios = x[drawn].sum(1) / size[drawn].sum(1)
@@ -329,7 +329,7 @@ class Chat:
         self.model.to(env.device).eval()
         self.stop = self.tokenizer.convert_tokens_to_ids("<|assistant_end|>")
         self.at_once = 256 if env.device.type == "cuda" else 16
-        if env.device.type == "cuda":       # cuDNN's attention plans anew for each length
+        if env.device.type == "cuda":       # cuDNN's attention plans again for each length
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def inputs(self, texts):
@@ -405,7 +405,7 @@ def talk(tag, env):
     chat, ids = Chat(folder, env), []
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    print(f"{folder} on {env.device}. Ctrl-C stops an answer, /clear begins anew, Ctrl-D ends.")
+    print(f"{folder} on {env.device}. Ctrl-C stops an answer, /clear starts over, Ctrl-D ends.")
     while True:
         try:
             text = input("> ").strip()

@@ -369,7 +369,7 @@ def guard(main):
         code = e.code
     except KeyboardInterrupt:
         code = "interrupted"
-    except BrokenPipeError:                                 # `| head`: no more is wanted
+    except BrokenPipeError:                                 # `| head`: the reader has enough
         discard_output()
         code = 128 + signal.SIGPIPE
     except OSError as e:

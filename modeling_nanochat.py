@@ -333,7 +333,7 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
 
     def _set_model_specific_special_tokens(self, special_tokens):
         """Lets 4.57 read what 5.x saved, a list of special tokens, where it expects a dict. (With
-        an __init__ 5.x would build the tokenizer anew, without its split pattern.)"""
+        an __init__ 5.x would build the tokenizer again, without its split pattern.)"""
         if isinstance(special_tokens, list):
             self.additional_special_tokens, self.extra_special_tokens = special_tokens, {}
         else:

@@ -537,11 +537,23 @@ def make_model(cfg, derived, env):
     return model, compiled, optimizer
 
 
+def open_shards(cfg, run):
+    """On rank 0 the Shards. Exits if they are not those with which the run began."""
+    shards = data = None
+    if run.env.rank == 0:
+        shards = Shards(cfg)
+        data = {"training_files": shards.fingerprint(), "validation_file": shards.validation,
+                "validation_sha256": shards.hash(shards.validation)}
+    run.same_data(data)
+    return shards
+
+
 def find_trunk(run, shards, derived):
-    """(folder, step) of the checkpoint that the run with RoPE kept at this run's switch, or None.
-    Up to there the two runs are the same, if their recipes and data are."""
+    """(folder, step) of the checkpoint that the run with RoPE kept at this run's switch, or None if
+    there is none, or the run has begun. Up to there the two are the same, if their recipes and data
+    are."""
     cfg, switch = run.cfg, derived.switch
-    if not cfg.drope:
+    if not cfg.drope or run.source:
         return None
     folder = run.folder.parent / name_of(cfg.depth, cfg.tpp, None)
     problem = trunk_problem(run, shards, folder, switch)
@@ -615,15 +627,8 @@ def main():
     run = Run(base_dir() / "base_checkpoints" / cfg.tag, cfg, recipe, env)
     if run.meta.get("finished"):
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
-    shards = data = trunk = None
-    if env.rank == 0:
-        shards = Shards(cfg)
-        data = {"training_files": shards.fingerprint(), "validation_file": shards.validation,
-                "validation_sha256": shards.hash(shards.validation)}
-    run.same_data(data)
-    if env.rank == 0 and run.source is None:
-        trunk = find_trunk(run, shards, derived)
-    trunk = from_rank_0(trunk, env)
+    shards = open_shards(cfg, run)
+    trunk = from_rank_0(shards and find_trunk(run, shards, derived), env)
     if trunk:
         run.start_from(*trunk)
         run.say(f"branching off {trunk[0]}, which is the same up to the switch")
@@ -632,7 +637,7 @@ def main():
     stream = validation = None
     if env.rank == 0:
         log_head(cfg, derived, env, attention=attention_kernel(env, derived.config), rows=rows,
-                 tokenizer=recipe["tokenizer"], revision=shards.revision, **data)
+                 tokenizer=recipe["tokenizer"], revision=shards.revision, **run.data)
         stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1, run.loader_state())
         validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
     validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,

@@ -696,7 +696,7 @@ def main():
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
 
     # The model, with RoPE or without as the base is. The optimizer keeps what it remembers, its
-    # moments. Its learning rates begin anew: 0.8 x pretraining's reference values (without the
+    # moments. Its learning rates start over: 0.8 x pretraining's reference values (without the
     # factor sqrt(batch / 2^19) of pretraining). Muon's weight decay is 0 from here on.
     meta = run.meta or read_meta(base, base_step)
     config = GPTConfig(**{**meta["model_config"], "sequence_len": cfg.max_seq_len})
