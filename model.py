@@ -722,12 +722,13 @@ def read_meta(folder, step):
 def check_checkpoint(folder, step):
     """Exits with one line unless a checkpoint's files are those that its meta file describes: by
     their sha256, where it has them (else Damaged), and by the names and shapes of the weights."""
-    meta, weights = read_meta(folder, step), checkpoint_files(folder, step)["model"]
+    meta, files = read_meta(folder, step), checkpoint_files(folder, step)
+    weights = files["model"]
     for name, expected in meta.get("sha256", {}).items():
         path = Path(folder) / Path(name).name
         if not path.exists():
-            if meta.get("finished") and path != weights:    # only fine-tuning still needs them
-                continue
+            if meta.get("finished") and path in (files["optim"], files["loader"]):
+                continue                                    # only fine-tuning would need them
             raise Damaged(f"{path} is missing")
         if file_hash(path) != expected:
             raise Damaged(f"{path} is damaged: its sha256 is not the one in its meta file")
@@ -1312,7 +1313,7 @@ class Run:
         self.capture(self.step, position)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
                        signal.SIGXCPU):
-            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:       # nohup
                 signal.signal(number, self.take_signal)
 
     def open_metrics(self):

@@ -46,6 +46,7 @@ CPU = M.Env(0, 1, torch.device("cpu"), torch.float32, None)
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
            "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
 
 
 # ==== What the tests share ========================================================================
