@@ -476,15 +476,16 @@ LONG_SPACE = 100_000
 def encode(enc, texts):
     """Texts -> a list of ids for each; what spells a special token stays text. tiktoken panics on
     millions of white-space characters in a row, so longer runs are cut at every LONG_SPACE."""
-    if max(map(len, texts), default=0) < LONG_SPACE:
-        return enc.encode_ordinary_batch(texts, num_threads=4)
-    lists = []
+    pieces, numbers = [], []
     for text in texts:
-        cuts = [0, *(match.start() + i for match in re.finditer(r"\s+", text)
-                     for i in range(LONG_SPACE, len(match[0]), LONG_SPACE)), len(text)]
-        pieces = enc.encode_ordinary_batch([text[a:b] for a, b in zip(cuts, cuts[1:])])
-        lists.append(list(itertools.chain(*pieces)))
-    return lists
+        cuts = [0, len(text)]
+        if len(text) > LONG_SPACE:
+            cuts[1:1] = (match.start() + i for match in re.finditer(r"\s+", text)
+                         for i in range(LONG_SPACE, len(match[0]), LONG_SPACE))
+        pieces += [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        numbers.append(len(cuts) - 1)                       # of pieces, nearly always 1
+    ids = iter(enc.encode_ordinary_batch(pieces, num_threads=4))
+    return [list(itertools.chain(*itertools.islice(ids, n))) for n in numbers]
 
 
 def token_bytes(enc):

@@ -3740,7 +3740,7 @@ def test_bench_tok_against_rustbpe(library):
         made["rust"].train_from_iterator(iter(texts), 20_000, pattern=tok.PATTERN)
 
     def ours():
-        counts = tok.count_chunks([library], 10 ** 12, 10 ** 6, 1)[0]
+        counts = tok.count_chunks(tok.Shards([library], "text", 10 ** 6), 10 ** 12, 1)[0]
         made["ours"] = tok.train(counts, 20_000 - 256)
     theirs, mine = best_of(3, rust, ours)
     assert made["ours"] == [bytes(token) for token, _ in made["rust"].get_mergeable_ranks()]
@@ -3876,7 +3876,7 @@ def test_bench_share_of_the_loop(tiny_base, monkeypatch, run_here, capsys):
                         "--tpp", 0.03, "--eval-every", 1000, "--save-every", 1000, "--tag",
                         "share"], tiny_base)
     metrics = tiny_base / "base_checkpoints" / "share" / "metrics.jsonl"
-    total = sum(record.get("seconds", 0) for record in M.read_lines(metrics))
+    total = sum(record.get("seconds", 0) for record in M.read_lines(metrics, {"step": int}))
     with capsys.disabled():
         print(f"\nof a step outside forward, backward and optimizer: {1 - sum(spent) / total:.1%}")
 
