@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from huggingface_hub import constants, constants as hf_constants
+from huggingface_hub import constants
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -1466,8 +1466,8 @@ def test_what_cannot_succeed_is_not_tried_again(hub, tmp_path, monkeypatch, wher
 def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatch, capsys):
     for key, value in hub.env.items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.setattr(hf_constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(hf_constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     hub.faults = {"shard_00000.parquet": ["corrupt", "short"]}
     M.fetch("x/y", "shard_00000.parquet", tmp_path / "shard", patience=20)
