@@ -1,22 +1,19 @@
-"""Evaluation: does dropping RoPE help beyond the training length, and what can the chat model do?
+"""Evaluation of base models in long contexts: does dropping RoPE help beyond the training length?
 
     python eval.py d18_9tpp d18_9tpp_drope_50       # --quick: less of everything, for CPUs
     python eval.py --table d18_9tpp d20_9tpp        # only table and figures of what is evaluated
-    python eval.py --status                         # which tags there are, and how far each is
-    python eval.py --chat d18_9tpp_drope_50         # talk to an exported model
 
-Base models (base_checkpoints/TAG) are tested in contexts of 1/2 to 8 training lengths: bits per
-byte of the same tokens, and needles, numbers hidden in a text. Each as trained and with
-model.logn_scale, whose c is fitted in one way for all; RoPE also with NTK and YaRN, which need no
-training either. Chat models (hf_sft/TAG) answer MMLU, GSM8K and SpellingBee. Gives eval.json beside
-the checkpoint, a table and figures in the folder eval. What is finished is kept: the same command
-resumes. About 10 minutes a tag on an H100 (estimated). Left out: few-shot prompts, sampling, text
-written by base models.
+Tests base_checkpoints/TAG in contexts of 1/2 to 8 training lengths, with needles, which are numbers
+hidden in a text (four kinds, as in RULER, arXiv:2404.06654), and by the bits per byte of the same
+tokens. Each model as trained; cropped to its training length, as a user of a model with RoPE would
+do; with sharper attention (model.logn_scale, fitted to other documents); and if it has RoPE, with
+two ways to scale that which need no training.
+
+Writes eval.json beside the checkpoint, a table and figures into the folder eval. Interrupted, it
+resumes with the same command. About 20 minutes a tag on an H100 (estimated). Left out: chat models
+(see chat.py), and short tasks, for which lm-evaluation-harness takes the exports.
 """
-import signal, sys
-if __name__ == "__main__":                                  # Ctrl-C while Python imports
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import json, math, random, re, time, warnings
+import math, random, re, sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,80 +23,75 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (ROPE_THETA, atomic_write, base_dir, checkpoint_steps, encode, fetch, file_hash,
-                   guard, load_model, load_tokenizer, one_line, parse_config, read_lines,
-                   read_meta, read_results, rotary_tables, setup_env, text_column, token_bytes,
-                   tokenizer_hash, weights_hash, write_results)
+from model import (ROPE_THETA, Results, atomic_write, base_dir, encode, fetch, file_hash, guard,
+                   load_model, one_line, parse_config, read_lines, results_of, rotary_tables,
+                   setup_env, text_column, token_bytes, tokenizer_hash, tokenizer_of, weights_hash,
+                   wilson)
 
 
 @dataclass
 class Config:
-    quick: bool = False  # fewer contexts, prompts, documents and questions
-    table: bool = False  # evaluate nothing, only make the table and the figures of the tags
-    status: bool = False  # only list the tags and how far each is
-    chat: bool = False  # talk to the exported model of a tag
+    tags: tuple = ()  # the base models, such as d18_9tpp_drope_50
+    quick: bool = False  # fewer contexts, prompts and documents
+    table: bool = False  # evaluate nothing, only make the table and the figures
     check: bool = False  # only check the options
 
 
 @dataclass
 class Sizes:
     contexts: tuple = (0.5, 1, 2, 4, 8)     # in training lengths
-    prompts: int = 160                      # with a needle, for each context
+    prompts: int = 100                      # of each kind, for each context
     documents: int = 96                     # and a quarter as many to fit c on
-    questions: int = 100_000                # of MMLU and of GSM8K: all
-    words: int = 256                        # of SpellingBee
-    new_tokens: int = 512                   # of an answer, at most
 
 
-QUICK = Sizes((0.5, 1, 2, 4), prompts=10, documents=8, questions=16, words=16, new_tokens=256)
-SCALES = (0.0, 0.1, 0.2, 0.4, 0.6)          # values of c that are tried
+QUICK = Sizes((0.5, 1, 2, 4), prompts=10, documents=12)
+SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)        # values of c that are tried
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
 
-def wilson(k, n):
-    """[k / n, low, high]: a rate with its 95% interval, which is good near 0 and 1, too (Wilson
-    1927)."""
-    z = 1.96
-    center = (k + z * z / 2) / (n + z * z)
-    width = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return [k / n, max(0.0, center - width), min(1.0, center + width)]
-
-
 def mcnemar(a, b):
     """Exact two-sided p of "a and b succeed equally often", outcomes on the same prompts. Only
     prompts on which they differ tell anything: under the hypothesis each is the toss of a coin."""
-    only_a = sum(x and not y for x, y in zip(a, b))
-    only_b = sum(y and not x for x, y in zip(a, b))
+    only_a = sum(x > y for x, y in zip(a, b))
+    only_b = sum(y > x for x, y in zip(a, b))
     n = only_a + only_b
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2 ** n)
 
 
 def bootstrap(x, size):
-    """[sum(x) / sum(size), low, high]: 95% interval by resampling the examples 2,000 times. Where x
-    are differences of two measurements of one example, the interval is paired."""
+    """[sum(x) / sum(size), low, high]: 95% interval by resampling the examples 2,000 times; without
+    one if they are fewer than 10. Where x are differences of two measurements of one example, the
+    interval is paired."""
+    x, size = np.array(x), np.array(size)
+    if len(x) < 10:
+        return [x.sum() / size.sum()]
     drawn = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
     ratios = x[drawn].sum(1) / size[drawn].sum(1)
     return [x.sum() / size.sum(), *np.percentile(ratios, [2.5, 97.5])]
 
 
-# ---- The arms: a base model as trained, with its logits scaled, with RoPE's remedies -------------
+# ---- The arms ------------------------------------------------------------------------------------
 # c is model.logn_scale: the attention logits of the query at position n (from 1) are multiplied by
-# max(1, 1 + c ln(n / n_train)), where n_train is the training length. Up to n_train neither c nor a
-# remedy changes anything.
+# max(1, 1 + c ln(n / n_train)), where n_train is the training length. Up to n_train all arms are
+# the same.
 
-REMEDIES = ("", "ntk", "yarn")
+ARMS = {            # name: (how RoPE is scaled; where c is fitted, the arm without c, else None)
+    "as trained": ("", None), "cropped": ("", None), "c fitted": ("", "as trained"),
+    "NTK": ("ntk", None), "NTK, c fitted": ("ntk", "NTK"),
+    "NTK by parts": ("by parts", None), "NTK by parts, c fitted": ("by parts", "NTK by parts")}
 
 
-def remedied_tables(T, head_dim, device, n_train, remedy):
-    """The model's rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"
-    scaling): a larger theta; the slowest turn takes s times as many tokens, the fastest stays. yarn
-    (arXiv:2309.00071): frequencies with less than 1 turn in n_train tokens are divided by s, those
-    with more than 32 stay, between them is a ramp. (YaRN's scale of the logits is our c.)"""
+def scaled_tables(T, head_dim, device, n_train, scaling):
+    """The model's rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"): a
+    larger theta; the slowest rotation takes s times as many tokens, the fastest stays. by parts:
+    frequencies with less than 1 rotation in n_train tokens are divided by s, those with more than
+    32 stay, between them is a ramp. YaRN (arXiv:2309.00071) is by parts and a temperature, for
+    which c stands here."""
     s = T / n_train
     if s <= 1:
         return rotary_tables(T, head_dim, device)
-    if remedy == "ntk":
+    if scaling == "ntk":
         return rotary_tables(T, head_dim, device, ROPE_THETA * s ** (head_dim / (head_dim - 2)))
     freqs = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     keep = ((n_train * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
@@ -107,18 +99,12 @@ def remedied_tables(T, head_dim, device, n_train, remedy):
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def set_arm(model, remedy="", c=0.0):
-    """model.forward reads both attributes; it calls rotary_tables(T, head_dim, device)."""
-    model.logn_scale = c
-    model.rotary_tables = rotary_tables
-    if remedy:
+def set_arm(model, scaling, c):
+    """model.forward reads both attributes."""
+    model.logn_scale, model.rotary_tables = c, rotary_tables
+    if scaling:
         n_train = model.config.sequence_len
-        model.rotary_tables = partial(remedied_tables, n_train=n_train, remedy=remedy)
-
-
-def join(*words):
-    """The name of an arm, or of its section in eval.json: join("needle", "", "fitted")."""
-    return " ".join(word for word in words if word)
+        model.rotary_tables = partial(scaled_tables, n_train=n_train, scaling=scaling)
 
 
 class Texts:
@@ -149,568 +135,369 @@ class Texts:
 
 @torch.no_grad()
 def token_nats(model, ids):
-    """The loss of each token of a row but the first, in nats: list of n + 1 ids -> float64 (n,)."""
+    """The loss of each token but the first, in nats: list of n + 1 ids -> float64 (n,)."""
     row = torch.tensor([ids], device=model.lm_head.weight.device)
-    return model(row[:, :-1], row[:, 1:], reduction="none")[0].double().cpu().numpy()
+    return model(row[:, :-1], row[:, 1:], reduction="none")[0].cpu().double().numpy()
 
 
-def text_bits(model, texts, contexts):
+def text_bits(model, texts, contexts, cropped):
     """{context: bits per byte of the last 512 tokens (n_train / 8, if that is less) of documents
-    as long as the context}. A flat curve says that context is ignored, a rising one that it hurts.
-    "change" is against 1 x on the same documents, with a paired interval."""
-    n_train = model.config.sequence_len
+    as long as the context}, with the bits and bytes of each document. The longest come first in
+    every context, so that two arms are compared on the same ones."""
+    n_train, found = model.config.sequence_len, {}
     tail = min(512, n_train // 8)
-    summary, nats = {}, {}
-    for m in sorted({1, *contexts}):            # 1 x always, for the change from it
+    for m in contexts:
         L = int(m * n_train)
         documents = [d for d in texts.documents if len(d) >= L]
-        rows = [[texts.bos] + d[-L:] for d in documents]
-        nats[m] = np.array([token_nats(model, row)[-tail:].sum() for row in rows])
-        if documents and m in contexts:
-            nats_per_bit = math.log(2)
-            size = np.array([texts.nbytes[d[-tail:]].sum() for d in documents]) * nats_per_bit
-            change = None
-            if m >= 1:                          # the longest documents come first, at 1 x, too
-                change = bootstrap(nats[m] - nats[1][:len(documents)], size)
-            summary[f"{m:g}"] = dict(n=len(documents), bpb=bootstrap(nats[m], size), change=change)
-    return summary
+        if documents:
+            seen = min(L, n_train) if cropped else L
+            rows = [[texts.bos] + d[-seen:] for d in documents]
+            bits = [token_nats(model, row)[-tail:].sum() / math.log(2) for row in rows]
+            size = [texts.nbytes[d[-tail:]].sum() for d in documents]
+            found[f"{m:g}"] = dict(n=len(bits), bpb=bootstrap(bits, size), bits=bits, bytes=size)
+    return found
 
 
-def fit_scale(model, texts, contexts, remedy):
+def fit_scale(model, texts, contexts, scaling):
     """One c for all contexts: that of SCALES with the lowest loss on all tokens beyond n_train of
     the documents that are kept for this, each in the longest of the contexts that it fills."""
     n_train, rows, losses = model.config.sequence_len, [], {}
     for document in texts.fit:
-        filled = [int(m * n_train) for m in contexts if 1 < m <= len(document) / n_train]
+        filled = [int(m * n_train) for m in contexts if m <= len(document) / n_train]
         if filled:
             rows.append([texts.bos] + document[-max(filled):])
     if not rows:
         return dict(c=0.0, n=0, losses={})
     for c in SCALES:
-        set_arm(model, remedy, c)
+        set_arm(model, scaling, c)
         losses[c] = np.concatenate([token_nats(model, row)[n_train:] for row in rows]).mean()
     return dict(c=min(losses, key=losses.get), n=len(rows), losses=losses)
 
 
 # ---- Needles -------------------------------------------------------------------------------------
 
+KINDS = {                   # keys in the text, values of each key, keys that are asked for
+    "single": (1, 1, 1),        # no need to read the key: there is only one number
+    "multi-key": (4, 1, 1),     # the key decides between four; guessing among them finds 1/4
+    "multi-value": (1, 4, 1),   # four numbers of one key, to be told in the order of the text
+    "multi-query": (4, 1, 4),   # four keys, asked for in another order than that of the text
+}
 CITIES = "Berlin Boston Cairo Chicago Delhi Lima London Madrid Oslo Paris Rome Tokyo".split()
+DIGITS = 4                      # of a number
 
 
 class Prompt(NamedTuple):
-    ids: list           # <|bos|> text, needle, text, question, answer: L + 1 tokens
-    number: int         # the index of the needle's number in ids
-    digits: int         # how many tokens the answer has
-    blank: list         # ids with text in the needle's place
+    ids: list           # L + 1 tokens
+    n_tail: int         # so many of them are the questions and answers
+    answers: list       # slices of the tail: the numbers asked for
+    places: list        # where in ids these numbers stand in the text
 
 
-def make_prompt(texts, L, i):
-    """The i-th Prompt of L + 1 tokens, the same for all models; None where L is too short:
+def make_prompt(texts, L, kind, i, without=False):
+    """The i-th Prompt of a kind, the same for all models; None where L is too short:
 
         <|bos|> text ...
-        The secret number of Oslo is 4821.
+        A secret number of Oslo is 4821.        the needle, after 5, 15 ... or 95% of the text
         text ...
-        The secret number of Oslo is 4821
+        A secret number of Rome is 0775.        with four needles, the others a quarter further
+        text ...
+        A secret number of Oslo is 4821         the question, and its answer
 
-    The needle, the second line, stands after 5, 15 ... or 95% of the text. The tokens of the last
-    4821 are the answer."""
-    rng, encode = random.Random(f"needle {L} {i}"), texts.enc.encode_ordinary
-    question = encode(f"\nThe secret number of {rng.choice(CITIES)} is ")
-    answer = encode(f"{rng.randrange(10_000):04d}")
-    needle = question + answer + encode(".\n")
-    room = L - len(needle) - len(question + answer)         # tokens of text
+    Several answers stand one below the other. without: the needles asked for are left out."""
+    n_keys, n_values, n_asked = KINDS[kind]
+    rng, encode = random.Random(f"{kind} {L} {i}"), texts.enc.encode_ordinary
+    n, n_asked = n_keys * n_values, n_asked * n_values
+    questions = [encode(f"\nA secret number of {city} is ")
+                 for city in rng.sample(CITIES, n_keys) * n_values]
+    numbers = [encode(f"{number:0{DIGITS}d}") for number in rng.sample(range(10 ** DIGITS), n)]
+    depths = [((i % 10 + 0.5) / 10 + j / n) % 1 for j in range(n)]          # parts of the text
+    rng.shuffle(depths)
+    if n_values > 1:
+        depths.sort()                                       # asked for in the order of the text
+
+    tail, answers = [], []
+    for question, number in zip(questions[:n_asked], numbers):
+        tail += question
+        answers.append(slice(len(tail), len(tail) + len(number)))
+        tail += number + encode(".")
+    tail = tail[:answers[-1].stop]
+    needles = [question + number + encode(".\n") for question, number in zip(questions, numbers)]
+    hidden = sorted(range(n_asked if without else 0, n), key=lambda j: depths[j])
+    room = L - len(tail) - sum(len(needles[j]) for j in hidden)             # tokens of text
     if room < L // 4 or len(texts.hay) <= L:
         return None
     start = rng.randrange(len(texts.hay) - L)
-    place = int((i % 10 + 0.5) / 10 * room)
-    hay = texts.hay[start:start + L]
-    ids = [texts.bos] + hay[:place] + needle + hay[place:room] + question + answer
-    blank = [texts.bos] + hay[:room + len(needle)] + question + answer
-    return Prompt(ids, 1 + place + len(question), len(answer), blank)
+    hay, ids, at, places = texts.hay[start:start + room], [texts.bos], 0, []
+    for j in hidden:
+        ids += hay[at:int(depths[j] * room)]
+        at = int(depths[j] * room)
+        if j < n_asked:
+            places.append(len(ids) + len(questions[j]))
+        ids += needles[j]
+    return Prompt(ids + hay[at:] + tail, len(tail), answers, places)
 
 
 @torch.no_grad()
-def answers(model, rows):
-    """For each row (ids, n): whether each of its last n ids is the likeliest after the right ones
-    before it, and their loss in nats. Where all are, greedy decoding would have written them; so
+def told(model, prompt, cropped):
+    """For each number asked for: whether all its tokens are the most likely after the right ones
+    before them, and their loss in nats. With one number, greedy decoding would write just that; so
     nothing has to be generated ("teacher forcing")."""
-    device = model.lm_head.weight.device
-    for ids, n in rows:
-        row = torch.tensor([ids], device=device)
-        logits, targets = model(row[:, :-1])[0, -n:], row[0, -n:]       # (n, vocab_size), (n,)
-        right = (logits.argmax(-1) == targets).all().item()
-        yield right, F.cross_entropy(logits, targets, reduction="sum").item()
+    ids, n = prompt.ids, prompt.n_tail
+    if cropped:
+        ids = [ids[0], *ids[1:][-model.config.sequence_len:]]
+    row = torch.tensor([ids], device=model.lm_head.weight.device)
+    logits, targets = model(row[:, :-1], last=n)[0], row[0, -n:]            # (n, V), (n,)
+    right = (logits.argmax(-1) == targets).cpu()
+    nats = F.cross_entropy(logits, targets, reduction="none").cpu()
+    return ([right[answer].all().item() for answer in prompt.answers],
+            [nats[answer].sum().item() for answer in prompt.answers])
 
 
-def needles(model, texts, contexts, prompts):
-    """{context: how many needles are found}. "ceiling": what a model could find at best that sees
-    only the last n_train tokens. "gain": what an answer costs more without its needle, in nats per
-    digit, of the first 20 prompts; it shows what is learnt before any is found."""
+def needles(model, texts, contexts, cropped, kind, prompts):
+    """{context: the share of the numbers asked for that are right}, "found" in each prompt.
+    "ceiling": the share that stands in the last n_train tokens, the most that a cropped context can
+    give. "gain": what an answer costs more without its needle, in nats per digit, of the first 20
+    prompts; it shows what is learnt before any is found."""
     n_train, summary = model.config.sequence_len, {}
     for m in contexts:
         L = int(m * n_train)
-        made = [make_prompt(texts, L, i) for i in range(prompts)]
-        if None in made:
+        made = [make_prompt(texts, L, kind, i) for i in range(prompts)]
+        blank = [make_prompt(texts, L, kind, i, without=True) for i in range(min(prompts, 20))]
+        if None in made + blank:
             continue
-        found, nats = zip(*answers(model, [(p.ids, p.digits) for p in made]))
-        _, without = zip(*answers(model, [(p.blank, p.digits) for p in made[:20]]))
-        gain = np.subtract(without, nats[:20])
-        summary[f"{m:g}"] = dict(
-            n=prompts, rate=wilson(sum(found), prompts), found=found,
-            gain=bootstrap(gain, np.full(len(gain), 4)),                # an answer has 4 digits
-            ceiling=np.mean([p.number >= L - n_train for p in made]))   # inputs: ids[0] to ids[L-1]
+        right, nats = zip(*(told(model, prompt, cropped) for prompt in made))
+        _, without = zip(*(told(model, prompt, cropped) for prompt in blank))
+        found = [np.mean(values) for values in right]
+        gain = [np.mean(a) - np.mean(b) for a, b in zip(without, nats)]
+        in_sight = [place > L - n_train for prompt in made for place in prompt.places]
+        summary[f"{m:g}"] = dict(n=prompts, rate=wilson(sum(found), prompts), found=found,
+                                 gain=bootstrap(gain, [DIGITS] * len(gain)),
+                                 ceiling=np.mean(in_sight))
     return summary
-
-
-# ---- Chat models, through their export -----------------------------------------------------------
-
-def calculator(call):
-    """The python tool: the result of arithmetic or of 'word'.count('x') as text, None for all else.
-    A model wrote the call, so only digits, + - * / % ( ) and no power reach Python's eval, and
-    200 characters at most."""
-    call = call.strip()
-    count = re.fullmatch(r"""(["'])(\w*)\1\.count\((["'])(\w)\3\)""", call)
-    if count:
-        return str(count[2].count(count[4]))
-    if not re.fullmatch(r"[0-9.+\-*/%() ]{1,200}", call) or "**" in call:
-        return None
-    try:
-        with warnings.catch_warnings():                     # Python has opinions on "1(2)"
-            warnings.simplefilter("ignore")
-            value = eval(call, {"__builtins__": {}})
-        if abs(value) < 1e15:                               # neither infinite nor nan
-            return str(int(value)) if value == int(value) else str(round(value, 10))
-    except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        pass
-    return None
-
-
-class PythonTool:
-    """A logits processor: a call is followed by <|output_start|> its result <|output_end|>, as in
-    fine-tuning."""
-
-    def __init__(self, tokenizer, rows):
-        self.tokenizer, self.waiting = tokenizer, [[] for _ in range(rows)]
-        names = ["<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
-        self.start, self.end, self.output, self.output_end = tokenizer.convert_tokens_to_ids(names)
-
-    def __call__(self, input_ids, scores):                  # (B, tokens so far), (B, vocab_size)
-        for row, ids in enumerate(input_ids.tolist()):
-            if ids[-1] == self.end and self.start in ids:
-                call = ids[len(ids) - ids[::-1].index(self.start):-1]
-                result = calculator(self.tokenizer.decode(call))
-                if result is not None:
-                    digits = self.tokenizer.encode(result, add_special_tokens=False)
-                    self.waiting[row] = [self.output, *digits, self.output_end]
-            if self.waiting[row]:
-                scores[row] = -torch.inf
-                scores[row, self.waiting[row].pop(0)] = 0.0
-        return scores
-
-
-class Chat:
-    """An exported chat model and its tokenizer."""
-
-    def __init__(self, folder, env):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-            self.model, report = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=True, dtype=env.dtype, output_loading_info=True)
-            problem = " ".join(report["missing_keys"])[:80]
-        except Exception as e:                              # damage has many shapes
-            problem = one_line(e)
-        if problem:
-            sys.exit(f"{folder} is damaged ({problem}): delete it and make it again with `python "
-                     f"export_hf.py --tag {folder.name}`")
-        self.model.to(env.device).eval()
-        self.stop = self.tokenizer.convert_tokens_to_ids("<|assistant_end|>")
-        self.at_once = 256 if env.device.type == "cuda" else 16
-        if env.device.type == "cuda":       # cuDNN's attention plans again for each length
-            torch.backends.cuda.enable_cudnn_sdp(False)
-
-    def inputs(self, texts):
-        """ids and attention mask of questions, (B, T), padded on the left."""
-        conversations = [[{"role": "user", "content": text}] for text in texts]
-        return self.tokenizer.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt", padding=True).to(self.model.device)
-
-    def generate(self, inputs, new_tokens, **more):
-        """Greedy answers with the tool at hand: the new ids of each row. more: for transformers."""
-        from transformers import LogitsProcessorList
-        B, T = inputs["input_ids"].shape
-        tool = LogitsProcessorList([PythonTool(self.tokenizer, B)])
-        ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False,
-                                  logits_processor=tool, eos_token_id=self.stop,
-                                  pad_token_id=self.stop, **more)
-        return ids[:, T:].tolist()
-
-    @torch.no_grad()
-    def choose(self, questions):
-        """Of the letters that each question offers, the one that is likeliest as first token."""
-        logits = self.model(**self.inputs(questions), logits_to_keep=1).logits[:, -1]   # (B, V)
-        chosen = []
-        for question, row in zip(questions, logits):
-            letters = re.findall(r"=([A-H])$", question, re.M)
-            ids = [self.tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
-            chosen.append(letters[row[ids].argmax().item()])
-        return chosen
-
-    def ask(self, conversations, new_tokens):
-        """Asks questions whose right answers are known, those of like length together. new_tokens:
-        of an answer in words, at most; 0 to choose a letter."""
-        conversations = sorted(conversations, key=lambda pair: len(pair[0]["content"]))
-        examples = []
-        for i in range(0, len(conversations), self.at_once):
-            some = conversations[i:i + self.at_once]
-            questions = [question["content"] for question, _ in some]
-            if new_tokens:
-                rows = self.generate(self.inputs(questions), new_tokens)
-                given = [self.tokenizer.decode(ids).partition("<|assistant_end|>") for ids in rows]
-            else:
-                given = [(letter, "", "") for letter in self.choose(questions)]
-            for (_, right), question, (text, end, _) in zip(some, questions, given):
-                expected = final_answer(right["content"])
-                examples.append(dict(question=question, expected=expected, answer=text,
-                                     right=final_answer(text) == expected, stops=bool(end)))
-        n = len(examples)
-        return dict(n=n, rate=wilson(sum(e["right"] for e in examples), n),
-                    stops=wilson(sum(e["stops"] for e in examples), n), examples=examples)
-
-
-def final_answer(content):
-    """The number after the last #### of an answer (text, or a list of parts), without commas; a
-    single letter as it is; else None."""
-    text = content if isinstance(content, str) else content[-1]["text"]
-    found = re.findall(r"#### *(-?[\d.,]*\d)|^([A-H])$", text)
-    return "".join(found[-1]).replace(",", "") if found else None
-
-
-def talk(tag, env):
-    """A conversation in the terminal, kept as ids, so that calls and outputs stay what they are."""
-    folders = [base / "hf_sft" / tag for base in (base_dir(), base_dir() / "tiny")]
-    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
-    if folder is None:
-        sys.exit(f"no export in {folders[0]}: `python export_hf.py --tag {tag}` makes it")
-    from transformers import TextStreamer
-
-    class Printer(TextStreamer):                            # prints words as they are generated
-        def on_finalized_text(self, text, stream_end=False):
-            super().on_finalized_text(text.replace("<|assistant_end|>", ""), stream_end)
-
-    chat, ids = Chat(folder, env), []
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    print(f"{folder} on {env.device}. Ctrl-C stops an answer, /clear starts over, Ctrl-D ends.")
-    while True:
-        try:
-            text = input("> ").strip()
-            if not sys.stdin.isatty():                      # as it looks when somebody types
-                print(text)
-            if text == "/clear":
-                ids = []
-            elif "\ufffd" in text:
-                print("that is not UTF-8: say it again")
-            elif text:
-                turn = chat.inputs([text])["input_ids"][:, 1 if ids else 0:]    # <|bos|> comes once
-                row = torch.cat((torch.tensor([ids], device=turn.device).long(), turn), 1)  # (1, T)
-                inputs = dict(input_ids=row, attention_mask=torch.ones_like(row))
-                printer = Printer(chat.tokenizer, skip_prompt=True)
-                # Evaluations are greedy; here a word that was said becomes a little less likely, or
-                # small models would repeat themselves for ever
-                ids = row[0].tolist() + chat.generate(inputs, 512, streamer=printer,
-                                                      repetition_penalty=1.1)[0]
-        except KeyboardInterrupt:                           # question and answer are forgotten
-            print()
-        except EOFError:
-            return print()
-
-
-# ---- What is finished ----------------------------------------------------------------------------
-
-def places(tag):
-    """The folders of a tag: base checkpoints, chat checkpoints, export. A _long tag is another
-    fine-tuning of the base model without _long."""
-    return [base_dir() / "base_checkpoints" / tag.removesuffix("_long"),
-            base_dir() / "chatsft_checkpoints" / tag, base_dir() / "hf_sft" / tag]
-
-
-class Results:
-    """eval.json beside a checkpoint: the sections that are finished, and of what they are. If that
-    is another checkpoint, or other texts, all is done again."""
-
-    def __init__(self, folder, quick, key=None):
-        self.path = folder / ("eval_quick.json" if quick else "eval.json")
-        self.key, self.sections = read_results(self.path)
-        self.key = self.key or key
-        if key and self.key != key:
-            print(f"  {self.path} is of another checkpoint, text or size: done again")
-            self.key, self.sections = key, {}
-
-    def section(self, name, test, *args):
-        """test(*args), unless it is there already."""
-        if name not in self.sections:
-            start = time.time()
-            self.sections[name] = json.loads(json.dumps(test(*args), default=float))
-            write_results(self.path, self.key, self.sections)
-            print(f"  {name}: {time.time() - start:.0f} s", flush=True)
-        return self.sections[name]
-
-
-def validations(folder):
-    """A run's validations: [(step, bits per byte), ...], two at the switch, with RoPE and without;
-    and the step of the switch, None where there was none."""
-    points, switch = [], None
-    names = ("val_bpb_with_rope", "val_bpb_without_rope", "val_bpb")
-    numbers = dict.fromkeys(names, float)
-    for record in read_lines(folder / "metrics.jsonl", {"step": int}, {**numbers, "switch": bool}):
-        for name in names:
-            if name in record:
-                points.append((record["step"], record[name]))
-        if "switch" in record:
-            switch = record["step"]
-    return points, switch
-
-
-def status():
-    """Lists the runs and how far each is, from their metas and metrics alone."""
-    for base in (base_dir(), base_dir() / "tiny"):
-        for stage, export in (("base_checkpoints", "hf_base"), ("chatsft_checkpoints", "hf_sft")):
-            for folder in sorted((base / stage).glob("*")):
-                if checkpoint_steps(folder):
-                    exported = (base / export / folder.name / "config.json").exists()
-                    try:
-                        said = how_far(folder)
-                    except (SystemExit, OSError, ValueError, LookupError) as e:
-                        said = f"unclear: {one_line(e)}"
-                    print(f"{folder}{', exported' if exported else ''}\n    {said}")
-
-
-def how_far(folder):
-    step = checkpoint_steps(folder)[-1]
-    meta, (points, switch) = read_meta(folder, step), validations(folder)
-    of = "" if meta.get("finished") else f" of {meta.get('steps', 'unknown')}"
-    said = f"{'step' if of else 'finished at step'} {step}{of}"
-    if points:
-        said += f", bits per byte {points[0][1]:.3f} -> {points[-1][1]:.3f}"
-    if switch is None:
-        return said + f", RoPE {'on' if meta['loop_state']['use_rope'] else 'off'}"
-    with_rope, without = [bpb for at, bpb in points if at == switch][:2]
-    return said + f", RoPE dropped at {switch}: {with_rope:.3f} with it, {without:.3f} without"
 
 
 # ---- One tag after the other ---------------------------------------------------------------------
 
+def folder_of(tag):
+    """A _long tag is another fine-tuning of the base model without _long."""
+    return base_dir() / "base_checkpoints" / tag.removesuffix("_long")
+
+
 def validation_shard(meta):
-    """(path, text column) of the file that the run was validated on. Of the series' own it is
-    downloaded if it is gone. Exits if there is only another file of that name."""
-    config, data = meta["user_config"], meta.get("data", {})
-    name = meta.get("validation_file", "shard_06542.parquet")
+    """(path, text column) of the very file that the run was validated on. Of the series' own it is
+    downloaded if it is gone."""
+    config, name = meta["user_config"], meta.get("validation_file", "shard_06542.parquet")
+    sha256 = meta.get("data", {}).get("validation_sha256")  # other code does not say
     column = config.get("text_column", "text")
     places = [Path(str(config.get("data_dir", ""))) / name, base_dir() / "data" / "climbmix" / name]
     there = [path for path in places if path.is_file()]
     for path in there:
-        if data.get("validation_sha256", "") in ("", file_hash(path)):
+        if sha256 in (None, file_hash(path)):
             return path, column
-    if there:
-        sys.exit(f"{there[0]} is not the file that the run was validated on: put that one there")
-    if config.get("dataset") == "local":
-        sys.exit(f"{places[0]}, which the run was validated on, is missing: put it there, or into "
-                 f"{places[1].parent}")
+    if there or config.get("dataset") == "local":
+        sys.exit(f"{places[0]} is not the file that the run was validated on: put that one there, "
+                 f"or into {places[1].parent}")
     return fetch("karpathy/climbmix-400b-shuffle", name, places[1], patience=60), column
 
 
-def evaluate_base(folder, cfg, sizes, env):
-    """Tests all arms of a base model."""
-    enc = load_tokenizer(base_dir() / "tokenizer")
-    model, meta = load_model(folder, device=env.device, dtype=env.dtype)
-    n_train, trained_with = model.config.sequence_len, meta.get("tokenizer", tokenizer_hash(enc))
-    if trained_with != tokenizer_hash(enc) or enc.n_vocab != model.config.vocab_size:
-        sys.exit(f"{folder} was not trained with the tokenizer in {base_dir() / 'tokenizer'}: put "
-                 "the one of that run there")
+def evaluate(folder, name, sizes, env):
+    """Tests all arms of a model; the results go into the file `name` in its folder."""
+    model, meta = load_model(folder, env.device, env.dtype)
+    enc, n_train = tokenizer_of(meta, base_dir()), model.config.sequence_len
     shard, column = validation_shard(meta)
     texts = Texts(shard, column, enc, sizes)
     if not texts.documents or len(texts.documents[0]) < n_train:
         sys.exit(f"{shard} has no document of {n_train} tokens to test on")
-    step = meta["step"]
-    key = dict(step=step, sha256=weights_hash(folder, step), use_rope=model.use_rope,
-               n_train=n_train, texts=texts.name, sizes=str(sizes))
-    results, beyond = Results(folder, cfg.quick, key), [m for m in sizes.contexts if m > 1]
-    for remedy in REMEDIES if model.use_rope else ("",):
-        scale = results.section(join("scale", remedy), fit_scale, model, texts, beyond, remedy)
-        for c in sorted({0.0, scale["c"]}):
-            set_arm(model, remedy, c)
-            arm = join(remedy, "fitted" if c else "")
-            contexts = beyond if arm else sizes.contexts    # up to 1 x all arms are the same
-            results.section(join("bpb", arm), text_bits, model, texts, contexts)
-            results.section(join("needle", arm), needles, model, texts, contexts, sizes.prompts)
-
-
-def evaluate_chat(folder, export, cfg, sizes, env):
-    """Asks the questions that sft.py left beside its checkpoint."""
-    records = read_lines(folder / "questions.jsonl", {"source": str, "messages": list})
-    if not records:
-        return print(f"  no questions in {folder / 'questions.jsonl'}: skipped", file=sys.stderr)
-    try:
-        for record in records:
-            question, right = record["messages"]
-            question["content"].lower()
-            if final_answer(right["content"]) is None:
-                raise ValueError("an answer without a result")
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        sys.exit(f"{folder / 'questions.jsonl'} is damaged ({one_line(e)}): sft.py writes it")
-    chat = Chat(export, env)
-    key = dict(sha256=file_hash(export / "model.safetensors"), sizes=str(sizes),
-               questions=file_hash(folder / "questions.jsonl"))
-    results = Results(folder, cfg.quick, key)
-    for source, most, new_tokens in (("mmlu", sizes.questions, 0),
-                                     ("gsm8k", sizes.questions, sizes.new_tokens),
-                                     ("spellingbee", sizes.words, sizes.new_tokens)):
-        some = [record["messages"] for record in records if record["source"] == source]
-        if some:
-            chosen = random.Random(42).sample(some, min(len(some), most))
-            results.section(source, chat.ask, chosen, new_tokens)
+    key = dict(sha256=weights_hash(folder, meta["step"]), use_rope=model.use_rope, n_train=n_train,
+               texts=texts.name, sizes=str(sizes))
+    results, beyond = Results(folder / name, key), [m for m in sizes.contexts if m > 1]
+    for arm, (scaling, without_c) in ARMS.items():
+        if scaling and not model.use_rope:
+            continue
+        c = 0.0
+        if without_c:
+            c = results.part([arm, "fit"], fit_scale, model, texts, beyond, scaling)["c"]
+            if c == 0:                                      # tested() knows that they are the same
+                continue
+        set_arm(model, scaling, c)
+        given = (model, texts, sizes.contexts if arm == "as trained" else beyond, arm == "cropped")
+        results.part([arm, "text"], text_bits, *given)
+        for kind in KINDS:
+            results.part([arm, kind], needles, *given, kind, sizes.prompts)
 
 
 # ---- The table -----------------------------------------------------------------------------------
 
 NOTES = f"""
-1x is the training length; [95% intervals]: Wilson for rates, else bootstrap. c: attention logits
-are multiplied by max(1, 1 + c ln(n / n_train)); "fitted" is the c of {SCALES} that
-is best for other documents, by the same sweep for all. Needles are 4-digit numbers (guessing
-.0001). Gain: what an answer costs more without its needle, at 1x, in nats per digit. Ceiling: what
-cropping to 1x could find at best. NTK: RoPE with NTK and fitted c on the same prompts (McNemar's
-test, 5%). Bits per byte beyond 1x: the change from 1x on the same documents. MMLU: guessing .25.
-Stops: answers to SpellingBee that end by themselves.
+1x is the training length; [95% intervals], none from fewer than 10 examples: Wilson for shares,
+else bootstrap. c: attention logits are multiplied by max(1, 1 + c ln(n / n_train)); "c fitted" is
+the best of {SCALES} on other documents, by the same sweep for all; a * marks one at the end of that
+list. Cropped: the last n_train tokens only. Needles are {DIGITS}-digit numbers; the share of those
+asked for that is told right. Gain: what a number costs more without its needle, in nats per digit.
+Bits per byte beyond 1x: the difference from "cropped" on the same documents.
 """
 
 
-def arms_of(sections):
-    """{arm: {"c": c, "needle": {context: summary}, "bpb": the same}} of a base model. Up to 1 x
-    each arm is the model as trained; where c = 0, "fitted" is what it was fitted for."""
-    arms = {}
-    for remedy in REMEDIES:
-        best = sections.get(join("scale", remedy), {}).get("c")
-        if best is None:
-            continue                                        # without RoPE there are no remedies
-        for fitted in ("", "fitted"):
-            arm = arms[join(remedy, fitted)] = {"c": best if fitted else 0.0}
-            for kind in ("needle", "bpb"):
-                same = "" if best == 0 else fitted          # c = 0 was not tested twice
-                tested = sections.get(join(kind, remedy, same), {})
-                arm[kind] = {**sections.get(kind, {}), **tested} if tested else {}
-    return arms
+def tested(result, arm, test):
+    """{context: summary} of an arm, as far as it is tested; up to 1x that of the model as
+    trained."""
+    parts = result["parts"]
+    if parts[arm].get("fit", {}).get("c") == 0:
+        arm = ARMS[arm][1]
+    as_trained = parts["as trained"].get(test, {})
+    return {**{m: as_trained[m] for m in as_trained if float(m) <= 1}, **parts[arm].get(test, {})}
 
 
-def verdict(mine, twin, far):
-    """The last cell of a model without RoPE, c fitted: whether it finds more needles than cropping
-    could at best / and more than its twin with RoPE, NTK and fitted c (None: there is no twin)."""
-    got = mine["arms"]["fitted"]["needle"].get(far)
-    if mine["key"]["use_rope"] or not got:
-        return "-"
-    ceiling = "yes" if got["rate"][1] > got["ceiling"] else "no"
-    if not twin or any(mine["key"][k] != twin["key"][k] for k in ("texts", "n_train", "sizes")):
-        return f"{ceiling} / -"
-    theirs = twin["arms"].get("ntk fitted", {"needle": {}})["needle"].get(far)
-    if not theirs:
-        return f"{ceiling} / -"
-    p = mcnemar(got["found"], theirs["found"])
-    better = "yes" if p < 0.05 and got["rate"][0] > theirs["rate"][0] else "no"
-    return f"{ceiling} / {better}, p = {p:.2g}"
+def cell(interval, form="{:.2f}"):
+    """A value with its interval, if it has one."""
+    value, *bounds = map(form.format, interval)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value
 
 
-def cell(summary, value, form="{:.2f}"):
-    numbers = summary.get(value) if summary else None
-    return "{} [{}, {}]".format(*map(form.format, numbers)) if numbers else "-"
+def change(a, b):
+    """The difference in bits per byte between two summaries of text_bits, a - b."""
+    return bootstrap(np.subtract(a["bits"], b["bits"]), a["bytes"])
 
 
-def markdown(title, head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    table = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-    return f"\n## {title}\n\n{table}" if rows else ""
+def needle_cells(result, arm, kind, contexts):
+    summaries = tested(result, arm, kind)
+    cells = [cell(summaries[m]["gain"]) if m in summaries else "-" for m in ("1", contexts[-1])]
+    for m in contexts:
+        cells.append(cell(summaries[m]["rate"]) if m in summaries else "-")
+        if arm == "cropped" and m in summaries and float(m) > 1:
+            cells[-1] += f", at best {summaries[m]['ceiling']:.2f}"
+    return cells
 
 
-def make_tables(base, chat, contexts):
-    """Markdown. base: {tag: {"key", "arms"}}; chat: {tag: sections}."""
-    names = [f"{m:g}" for m in contexts]
-    needle, text, answered = [], [], []
-    for tag, result in base.items():
-        twin = base.get(re.sub(r"_drope_\d+", "", tag))
-        for name, arm in result["arms"].items():
-            start = [tag, name or "as trained", arm["c"]]
-            rates = [cell(arm["needle"].get(m), "rate") for m in names]
-            gain = cell(arm["needle"].get("1"), "gain")
-            last = verdict(result, twin, names[-1]) if name == "fitted" else "-"
-            needle.append([*start, gain, *rates, last])
-            bits = [cell(arm["bpb"].get(m), "bpb", "{:.3f}") for m in names if float(m) <= 1]
-            more = [cell(arm["bpb"].get(m), "change", "{:+.3f}") for m in names if float(m) > 1]
-            text.append([*start, *bits, *more])
-    for tag, sections in chat.items():
-        mmlu, gsm8k, bee = (sections.get(name) for name in ("mmlu", "gsm8k", "spellingbee"))
-        answered.append([tag, *(cell(x, "rate") for x in (mmlu, gsm8k, bee)), cell(bee, "stops")])
-    head, lengths = ["tag", "arm", "c"], [f"{name}x" for name in names]
-    last = f"{lengths[-1]}: beats the ceiling / NTK"
-    return (f"# Results\n{NOTES}"
-            + markdown("Needles found", [*head, "gain", *lengths, last], needle)
-            + markdown("Bits per byte", [*head, *lengths], text)
-            + markdown("Chat", ["tag", "MMLU", "GSM8K", "SpellingBee", "stops"], answered))
+def text_cells(result, arm, contexts):
+    summaries, cropped = tested(result, arm, "text"), tested(result, "cropped", "text")
+    cells = []
+    for m in contexts:
+        if m not in summaries:
+            cells.append("-")
+        elif arm == "cropped" or float(m) <= 1:
+            cells.append(f"{cell(summaries[m]['bpb'], '{:.3f}')} n={summaries[m]['n']}")
+        else:
+            cells.append(cell(change(summaries[m], cropped[m]), "{:+.3f}"))
+    return cells
 
 
-# ---- The figures: at most five lines in a panel --------------------------------------------------
+def make_tables(base, contexts, prompts):
+    """Markdown, a table for each test. base: {tag: {"key", "parts"}}; contexts: their names."""
+    text, lengths = f"# Results\n{NOTES}", [f"{m}x" for m in contexts]
+    for test in (*KINDS, "text"):
+        title, head = "Bits per byte", ["tag", "arm", "c", *lengths]
+        if test in KINDS:
+            n_keys, n_values, _ = KINDS[test]
+            title = (f"Needles, {test}: {prompts} prompts for each context; guessing among the "
+                     f"numbers in the text: {1 / (n_keys * n_values):g}")
+            head = [*head[:3], "gain, 1x", f"gain, {lengths[-1]}", *lengths]
+        lines = [head, ["---"] * len(head)]
+        for tag, result in base.items():
+            for arm, parts in result["parts"].items():
+                c = parts.get("fit", {"c": 0.0})["c"]
+                cells = (needle_cells(result, arm, test, contexts) if test in KINDS else
+                         text_cells(result, arm, contexts))
+                lines.append([tag, arm, f"{c:g}{'*' if c == SCALES[-1] else ''}", *cells])
+        text += f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text
 
-ROPE = dict(color="#d55e00", marker="o", ms=4)
-NTK = dict(color="#cc79a7", marker="s", ms=4, ls="--")
-DROPE = [dict(color="#0072b2", marker="D", ms=4), dict(color="#56b4e9", marker="^", ms=4),
-         dict(color="#009e73", marker="v", ms=4), dict(color="#999999", marker="P", ms=4)]
+
+def conclude(base, far):
+    """What the tables say of the longest context, a line for needles and one for text: the best arm
+    against the best control. Controls are cropping and, if there are models without RoPE, all arms
+    of those with it."""
+    def conditions(result):
+        return [result["key"][name] for name in ("texts", "n_train", "sizes")]
+
+    first, lines = next(iter(base.values())), []
+    comparable = {tag: result for tag, result in base.items()
+                  if conditions(result) == conditions(first)}
+    without_rope = any(not result["key"]["use_rope"] for result in comparable.values())
+    for test, value, sign in (("multi-key", "rate", 1), ("text", "bpb", -1)):
+        found = {False: [], True: []}                       # of controls: True
+        for tag, result in comparable.items():
+            for arm in result["parts"]:
+                summary = tested(result, arm, test).get(far)
+                if summary:
+                    control = arm == "cropped" or without_rope and result["key"]["use_rope"]
+                    found[control].append((sign * summary[value][0], f"{tag}, {arm}", summary))
+        if found[False] and found[True]:
+            (_, name, mine), (_, control, theirs) = (max(some, key=lambda entry: entry[0])
+                                                     for some in (found[False], found[True]))
+            lines.append(f"{far}x, {test}: {mine[value][0]:.3f} ({name}), best control "
+                         f"{theirs[value][0]:.3f} ({control}); {compare(test, mine, theirs)}")
+    return lines
+
+
+def compare(test, a, b):
+    """Whether two summaries differ at the 5% level."""
+    if test == "text":
+        interval = change(a, b)
+        if len(interval) == 1:
+            return f"{a['n']} documents are too few for an interval"
+        differ = interval[1] > 0 or interval[2] < 0
+        how = f"paired interval of the difference: {cell(interval, '{:+.3f}')}"
+    else:
+        p = mcnemar(a["found"], b["found"])
+        differ, how = p < 0.05, f"McNemar's test, p = {p:.2g}"
+    return f"{'different' if differ else 'no difference'} at the 5% level ({how})"
+
+
+# ---- The figures ---------------------------------------------------------------------------------
+
+LOOKS = {100: dict(color="#d55e00", marker="o"), 75: dict(color="#56b4e9", marker="^"),
+         50: dict(color="#0072b2", marker="D"), 25: dict(color="#009e73", marker="v")}
+NTK_LOOK = dict(color="#cc79a7", marker="s", ls="--")
+CROPPED_LOOK = dict(color="#000000", marker="x", ls=":")
 
 
 def families(tags):
-    """{tag without drope: [(tag, percent of the steps with RoPE, label, look), ...]}: RoPE first,
-    and at most three others."""
+    """{tag without drope: [(percent of the steps with RoPE, tag), ...]}, RoPE (100) first."""
     found = {}
     for tag in tags:
         family, percent = re.fullmatch(r"(.*?)(?:_drope_(\d+))?", tag).groups()
         found.setdefault(family, []).append((int(percent or 100), tag))
-    for family, members in found.items():
-        members = sorted(members, reverse=True)[:4]
-        looks = [ROPE, *DROPE] if members[0][0] == 100 else DROPE
-        found[family] = [(tag, percent, f"DroPE {percent}" if percent < 100 else "RoPE", look)
-                         for (percent, tag), look in zip(members, looks)]
-    return found
+    return {family: sorted(members, reverse=True) for family, members in found.items()}
 
 
-def line(ax, label, look, points):
-    """points: {x: [y, low, high]}."""
+def look(percent):
+    return LOOKS.get(percent, dict(color="#999999", marker="P"))
+
+
+def line(ax, label, style, points):
+    """points: {x: [y, low, high]}, or [y] where there is no interval."""
     if points:
-        y = np.array(list(points.values()))
-        ax.plot(list(points), y[:, 0], label=label, **look)
-        ax.fill_between(list(points), y[:, 1], y[:, 2], color=look["color"], alpha=0.15, lw=0)
+        y = np.array([values if len(values) == 3 else values * 3 for values in points.values()])
+        ax.plot(list(points), y[:, 0], label=label, ms=4, **style)
+        ax.fill_between(list(points), y[:, 1], y[:, 2], color=style["color"], alpha=0.15, lw=0)
 
 
 def draw_contexts(base, contexts, plt):
-    """A row for each family: needles as trained and with fitted c, and what more context does to
-    the bits per byte of the same tokens."""
+    """A row for each family: multi-key needles as trained and with fitted c, and what more context
+    than 1x does to the bits per byte of the same tokens."""
     groups = families(base)
-    panels = (("needles found, as trained", "needle", "rate", ""),
-              ("needles found, c fitted", "needle", "rate", "fitted"),
-              ("bits per byte: change from 1x", "bpb", "change", ""))
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 3.3 * len(groups)), squeeze=False)
     for row, (family, members) in zip(axes, groups.items()):
-        for ax, (title, kind, value, fitted) in zip(row, panels):
-            lines = [(tag, fitted, label, look) for tag, _, label, look in members]
-            lines.insert(1, (members[0][0], join("ntk", fitted), "RoPE + NTK", NTK))
-            for tag, arm, label, look in lines:
-                some = base[tag]["arms"].get(arm, {kind: {}})[kind]
-                line(ax, label, look, {float(m): p[value] for m, p in some.items() if p[value]})
+        first = members[0][1]
+        for ax, arm, ntk in zip(row, ("as trained", "c fitted"), ("NTK", "NTK, c fitted")):
+            lines = [(tag, arm, tag, look(percent)) for percent, tag in members]
+            lines += [(first, ntk, "NTK", NTK_LOOK), (first, "cropped", "cropped", CROPPED_LOOK)]
+            for tag, arm, label, style in lines:
+                if arm in base[tag]["parts"]:
+                    found = tested(base[tag], arm, "multi-key")
+                    line(ax, label, style, {float(m): found[m]["rate"] for m in found})
+            ax.set(ylim=(-0.03, 1.03), title=f"multi-key needles, {lines[0][1]}")
+        for percent, tag in members:
+            whole, cropped = (tested(base[tag], arm, "text") for arm in ("as trained", "cropped"))
+            line(row[2], tag, look(percent), {float(m): change(whole[m], cropped[m])
+                                              for m in cropped if float(m) >= 1})
+        row[2].axhline(0, **CROPPED_LOOK)
+        row[2].set(title="bits per byte, as trained - cropped")
+        for ax in row:
             ax.set_xscale("log", base=2)
             ax.set_xticks(contexts, [f"{m:g}x" for m in contexts])
-            ax.set(title=f"{family}: {title}", xlabel="context, in training lengths")
-        for ax in row[:2]:
-            ax.set(ylim=(-0.03, 1.03))
+            ax.set(xlabel="context, in training lengths")
     return fig
 
 
@@ -718,11 +505,11 @@ def draw_drop(base, contexts, plt):
     """Retrieval in the longest context against the moment of the drop, a line for each family."""
     far = f"{contexts[-1]:g}"
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    for ax, arm, title in zip(axes, ("", "fitted"), ("as trained", "c fitted")):
-        for look, (family, members) in zip([ROPE, NTK, *DROPE], families(base).items()):
-            found = {p: base[tag]["arms"][arm]["needle"].get(far) for tag, p, _, _ in members}
-            line(ax, family, look, {p: point["rate"] for p, point in found.items() if point})
-        ax.set(ylim=(-0.03, 1.03), xlim=(-3, 103), title=f"needles found at {far}x, {title}",
+    for ax, arm in zip(axes, ("as trained", "c fitted")):
+        for style, (family, members) in zip(LOOKS.values(), families(base).items()):
+            found = {p: tested(base[tag], arm, "multi-key").get(far) for p, tag in members}
+            line(ax, family, style, {p: point["rate"] for p, point in found.items() if point})
+        ax.set(ylim=(-0.03, 1.03), xlim=(-3, 103), title=f"multi-key needles at {far}x, {arm}",
                xlabel="percent of the steps with RoPE (100: always)")
     return fig
 
@@ -733,12 +520,17 @@ def draw_training(base, _, plt):
     fig, axes = plt.subplots(1, len(groups), figsize=(max(6, 4 * len(groups)), 3.8), squeeze=False)
     for ax, (family, members) in zip(axes[0], groups.items()):
         seen = []
-        for tag, _, label, look in members:
-            points, switch = validations(places(tag)[0])
-            ax.plot([step for step, _ in points], [bpb for _, bpb in points], label=label, **look)
+        for percent, tag in members:
+            names = "val_bpb", "val_bpb_with_rope", "val_bpb_without_rope"
+            records = read_lines(folder_of(tag) / "metrics.jsonl", {"step": int},
+                                 dict.fromkeys(names, float))
+            points = [(record["step"], record[name])
+                      for record in records for name in names if name in record]
+            ax.plot(*zip(*points), label=tag, ms=4, **look(percent))
             seen += [bpb for _, bpb in points[(len(points) + 3) // 4:]]     # not the first fall
-            if switch is not None:
-                ax.axvline(switch, color=look["color"], ls=":", lw=1)
+            for record in records:
+                if "switch" in record:
+                    ax.axvline(record["step"], color=look(percent)["color"], ls=":", lw=1)
         ax.set(title=f"{family} (dotted: RoPE is dropped)", xlabel="step",
                ylabel="validation bits per byte", ylim=(None, 1.02 * max(seen, default=1)))
     return fig
@@ -765,55 +557,31 @@ def draw_all(base, contexts, folder, end):
 
 # ---- The command ---------------------------------------------------------------------------------
 
-def gather(tags, quick):
-    """{tag: {"key", "arms"}} of the base models, {tag: sections} of the chat models."""
-    base, chat = {}, {}
-    for tag in tags:
-        base_folder, sft_folder, _ = places(tag)
-        result = Results(base_folder, quick)
-        if result.sections:
-            base[base_folder.name] = dict(key=result.key, arms=arms_of(result.sections))
-        answered = Results(sft_folder, quick).sections
-        if answered:
-            chat[tag] = answered
-        if not result.sections and not answered:
-            sys.exit(f"{tag} is not evaluated: leave it out, or run `python eval.py {tag}` first")
-    return base, chat
-
-
-def evaluate(tags, cfg, sizes):
-    env = setup_env(compile=0)
-    for tag in tags:
-        base_folder, sft_folder, export = places(tag)
-        exported = (export / "config.json").exists()
-        print(f"{tag}, on {env.device}", flush=True)
-        if base_folder.exists() or not exported:
-            evaluate_base(base_folder, cfg, sizes, env)
-        if exported:
-            evaluate_chat(sft_folder, export, cfg, sizes, env)
-
-
 def main():
-    tags = list(dict.fromkeys(arg for arg in sys.argv[1:] if not arg.startswith("-")))
-    cfg = parse_config(Config, __doc__, [arg for arg in sys.argv[1:] if arg.startswith("-")])
-    if cfg.status:
-        return status()
-    if not tags:
+    cfg = parse_config(Config, __doc__)
+    if not cfg.tags:
         sys.exit("eval.py: which tag? For example `python eval.py d18_9tpp d18_9tpp_drope_50`")
     if cfg.check:
         return
-    if cfg.chat:
-        return talk(tags[0], setup_env(compile=0))
-    sizes = QUICK if cfg.quick else Sizes()
+    sizes, name = (QUICK, "eval_quick.json") if cfg.quick else (Sizes(), "eval.json")
     if not cfg.table:
-        evaluate(tags, cfg, sizes)
-    base, chat = gather(tags, cfg.quick)
+        env = setup_env(compile=0)
+        for tag in cfg.tags:
+            print(f"{tag}, on {env.device}", flush=True)
+            evaluate(folder_of(tag), name, sizes, env)
+    base = {}
+    for tag in cfg.tags:
+        key, parts = results_of(folder_of(tag), name)
+        if "cropped" not in parts:
+            sys.exit(f"{tag} is not evaluated: leave it out, or run `python eval.py {tag}` first")
+        base[folder_of(tag).name] = dict(key=key, parts=parts)
     folder, end = base_dir() / "eval", "_quick" if cfg.quick else ""
-    text = make_tables(base, chat, sizes.contexts)
+    contexts = [f"{m:g}" for m in sizes.contexts]
+    tables = make_tables(base, contexts, sizes.prompts)
+    text = "\n".join([tables, *conclude(base, contexts[-1]), ""])
     atomic_write(folder / f"results{end}.md", text)
     print(f"\n{text}\n{folder}/results{end}.md written")
-    if base:
-        draw_all(base, sizes.contexts, folder, end)
+    draw_all(base, sizes.contexts, folder, end)
 
 
 if __name__ == "__main__":

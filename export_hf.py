@@ -23,8 +23,8 @@ import torch
 
 from model import (Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, fetch, file_hash,
                    guard, hub_file, load_part, load_tokenizer, lock_file, newest_checkpoint,
-                   parse_config, read_lines, read_meta, read_results, retry, token_bytes,
-                   tokenizer_hash, weights_hash)
+                   parse_config, read_lines, read_meta, results_of, retry, token_bytes,
+                   tokenizer_hash, tokenizer_of, weights_hash)
 
 HERE = Path(__file__).parent
 TAG = r"d\d+_\d+(?:\.\d+)?tpp(?:_drope_\d+)?(?:_long)?"
@@ -145,12 +145,7 @@ def hf_weights(state, vocab_size):
 def export_files(source):
     """Name -> content of all files of an export, in bytes; the same whenever they are made."""
     from safetensors.torch import save
-    enc, m = load_tokenizer(base_dir() / "tokenizer"), source.meta["model_config"]
-    ours = (enc.n_vocab, tokenizer_hash(enc))
-    theirs = (m["vocab_size"], source.meta.get("tokenizer", ours[1]))
-    if ours != theirs:
-        sys.exit(f"{source.folder} was trained with another tokenizer than the one in tokenizer/ "
-                 f"(ids, hash: {theirs}, not {ours}): put that run's there")
+    enc, m = tokenizer_of(source.meta, base_dir()), source.meta["model_config"]
     use_rope, stop = source.meta["loop_state"]["use_rope"], STOP[source.stage]
     weights = hf_weights(load_part(source.folder, source.step, "model"), m["vocab_size"])
     config, tokenizer_config = configs(source.meta, use_rope, enc._special_tokens, stop)
@@ -223,7 +218,7 @@ def repo_name(user, tag, kind):
 def card(kind, tag, user, found):
     """README.md of a repository: templates/model_card.jinja, filled in. found: as in push()."""
     import jinja2
-    _, evaluated = read_results(found["base"].folder / "eval.json")
+    _, tested = results_of(found["base"].folder, "eval.json")
     numbers = {"val_bpb_with_rope": float, "val_bpb_without_rope": float}
     lines = read_lines(found["base"].folder / "metrics.jsonl", {"step": int}, numbers)
     text = (HERE / "templates" / "model_card.jinja").read_text("utf-8")
@@ -231,7 +226,7 @@ def card(kind, tag, user, found):
         kind=kind, tag=tag, user=user, repo_name=repo_name,
         metas={stage: source.meta for stage, source in found.items()},
         jump=next((line for line in lines if line.keys() >= numbers.keys()), None),
-        logn_scale=evaluated.get("scale", {}).get("c"))
+        logn_scale=tested.get("c fitted", {}).get("fit", {}).get("c"))
 
 
 def repo_files(kind, tag, user, found, temp):

@@ -12,9 +12,10 @@ of pretraining (DroPE, arXiv:2512.12167), it no longer ties the model to the len
 at. Nothing takes its place: a causal mask alone lets a model learn the order of tokens.
 
 To copy the model into another project, take this file and delete everything below "What the scripts
-share": the model itself needs only torch, math and dataclass. Left out: a key-value cache
-(modeling_nanochat.py has one), dropout, grouped-query attention.
+share": the model itself needs only torch, math, copy and dataclass. Left out: dropout,
+grouped-query attention.
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -74,12 +75,12 @@ def rotate(x, cos, sin):
     return x * cos + swapped * sin
 
 
-def query_scale(T, n_train, c, device):
-    """max(1, 1 + c ln(n / n_train)) of the queries n = 1 ... T, float32 (T, 1, 1). The more tokens
-    there are, the smaller is the share of a softmax that the right one can get. Sharper logits make
-    up for it (arXiv:2501.19399 finds the logarithm)."""
-    n = torch.arange(1, T + 1, dtype=torch.float32, device=device)
-    return (1 + c * (n / n_train).log()).clamp(min=1).view(T, 1, 1)
+def query_scale(positions, n_train, c):
+    """max(1, 1 + c ln(n / n_train)) for queries at `positions` (..., T), which attend to n =
+    position + 1 tokens: float32 (..., T, 1, 1). The more tokens there are, the smaller the share of
+    a softmax that the right one can get. Sharper logits make up for it (arXiv:2501.19399)."""
+    n = (positions + 1).float()
+    return (1 + c * (n / n_train).log()).clamp(min=1)[..., None, None]
 
 
 class Linear(nn.Linear):
@@ -98,14 +99,14 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        C = config.n_embd
+        C, self.layer = config.n_embd, layer
         self.n_head, self.head_dim = config.n_head, C // config.n_head
         self.c_q, self.c_k, self.c_v = Linear(C, C), Linear(C, C), Linear(C, C)
         self.c_proj = Linear(C, C)
 
-    def forward(self, x, rotary=None, scale=None):
+    def forward(self, x, rotary=None, scale=None, cache=None):
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_dim)
         q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
@@ -114,8 +115,11 @@ class CausalSelfAttention(nn.Module):
         q, k = norm(q), norm(k)             # QK-norm, after the rotation (arXiv:2302.05442)
         if scale is not None:
             q = q * scale
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, n_head, T, head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, n_head, T, ...)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.extend(self.layer, k, v)     # now with all earlier tokens
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # heads side by side again
 
 
@@ -130,12 +134,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attn, self.mlp = CausalSelfAttention(config), MLP(config)
+        self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
 
-    def forward(self, x, rotary=None, scale=None):
-        x = x + self.attn(norm(x), rotary, scale)
+    def forward(self, x, rotary=None, scale=None, cache=None):
+        x = x + self.attn(norm(x), rotary, scale, cache)
         return x + self.mlp(norm(x))
 
 
@@ -249,7 +253,7 @@ class GPT(nn.Module):
         V = math.ceil(config.vocab_size / 64) * 64          # a multiple of 64 suits the hardware
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(V, config.n_embd),
-            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer))})
+            "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer))})
         self.lm_head = Linear(config.n_embd, V)
         self.logn_scale = 0.0
         self.rotary_tables = rotary_tables
@@ -268,22 +272,27 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
 
-    def forward(self, idx, targets=None, reduction="sum", chunk=None):
-        """idx (B, T) int64 -> float32 logits (B, T, V). With targets (B, T; -1 is not counted): the
-        sum of the cross entropies in nats, or with reduction="none" each of them, (B, T).
-        chunk: positions whose logits are held at a time; 4,096 keep a GPU busy, 512 suit a CPU."""
+    def forward(self, idx, targets=None, reduction="sum", chunk=None, cache=None, last=0):
+        """idx (B, T) int64 -> float32 logits (B, T, V), or only those of the `last` positions, (B,
+        last, V). With targets (B, T; -1 is not counted): the sum of the cross entropies in nats, or
+        with reduction="none" each of them, (B, T).
+        chunk: positions whose logits are held at a time; 4,096 keep a GPU busy, 512 suit a CPU.
+        cache: idx continues the rows of this KVCache, which then holds it as well."""
         B, T = idx.shape
         chunk = chunk or (4096 if idx.is_cuda else 512)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.start(T)
         rotary = scale = None
         if self.use_rope:                                   # DroPE: all that the model knows of it
-            rotary = self.rotary(T, idx.device)
+            rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
         if self.logn_scale:                                 # never in training
-            scale = query_scale(T, self.config.sequence_len, self.logn_scale, idx.device)
+            scale = query_scale(positions, self.config.sequence_len, self.logn_scale)
             scale = scale.to(self.dtype)
         x = self.transformer.wte(idx).to(self.dtype)        # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, rotary, scale)
-        x = norm(x)
+            x = block(x, rotary, scale, cache)
+        if cache is not None:
+            cache.lengths += T
+        x = norm(x[:, -last:])                              # -0: all of them
         head = self.lm_head.weight[:self.config.vocab_size]
         if targets is None:
             return softcapped(x, head.to(x.dtype))
@@ -314,6 +323,86 @@ class GPT(nn.Module):
         12 x T/2 (causal) x n_embd."""
         T = T or self.config.sequence_len
         return 6 * self.num_scaling_params() + 6 * self.config.n_layer * self.config.n_embd * T
+
+
+# ---- Generation, with a cache of keys and values -------------------------------------------------
+
+class KVCache:
+    """The keys and values of B texts, each of its own length, up to S tokens.
+
+    What a token looks like to later ones, its key and value in each layer, never changes, because
+    no token attends to later ones. So each is computed once and kept: to write the next token, the
+    model runs on one position instead of on the whole text."""
+
+    def __init__(self, model, B, S):
+        config, device = model.config, model.lm_head.weight.device
+        shape = (config.n_layer, B, config.n_head, S, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(B, dtype=torch.long)     # tokens of each row, on the CPU
+        self.rotary = model.rotary(S, device)               # (2, S, 1, head_dim)
+
+    def row(self, b):
+        """Row b as a cache of its own, in the same memory."""
+        one = copy.copy(self)
+        one.keys, one.values = self.keys[:, b:b + 1], self.values[:, b:b + 1]
+        one.lengths = self.lengths[b:b + 1]
+        return one
+
+    def start(self, T):
+        """Makes room for T more tokens in each row. Returns their positions, (B, T)."""
+        B, S = len(self.lengths), self.keys.size(3)
+        positions = self.lengths.view(B, 1) + torch.arange(T)
+        filled = int(self.lengths.max()) + T
+        if filled > S:
+            raise ValueError(f"{filled} tokens do not fit into a cache of {S}")
+        self.mask = None                # of an empty cache: the usual causal one will do
+        if filled > T:                  # else each token attends to its row's, up to itself
+            filled = min(S, math.ceil(filled / 64) * 64)    # few shapes: kernels are chosen by them
+            self.mask = torch.arange(filled) <= positions.view(B, 1, T, 1)
+            self.mask = self.mask.to(self.keys.device)      # (B, 1, T, filled)
+        self.positions = positions.to(self.keys.device)
+        return self.positions
+
+    def extend(self, layer, k, v):
+        """Puts the new tokens' keys and values (B, n_head, T, head_dim) of a layer in their places.
+        Returns those of the whole rows, and the mask."""
+        keys, values = self.keys[layer], self.values[layer]
+        row = torch.arange(len(keys), device=keys.device).view(-1, 1)
+        keys[row, :, self.positions] = k.transpose(1, 2)    # indexed like this: (B, T, n_head, ...)
+        values[row, :, self.positions] = v.transpose(1, 2)
+        if self.mask is None:
+            return k, v, None
+        filled = self.mask.size(-1)
+        return keys[:, :, :filled], values[:, :, :filled], self.mask
+
+
+def most_likely(logits):
+    """Greedy decoding: (B, V) -> (B,)."""
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def generate(model, texts, n, choose=most_likely, cache=None):
+    """Continues B texts, lists of ids. Yields n times a list of B ids, the next one of each text.
+
+    The texts are read one by one, as they differ in length; then all grow together, by a token a
+    step. The caller may replace ids in a list it gets: the texts go on with what stands there.
+    choose: from logits (B, V) to ids (B,). cache: of an earlier call, if it holds the beginnings of
+    these texts; only the rest is computed."""
+    device = model.lm_head.weight.device
+    cache = cache or KVCache(model, len(texts), max(map(len, texts)) + n)
+    logits = []
+    for b, ids in enumerate(texts):
+        new = torch.tensor([ids[cache.lengths[b]:]], device=device)         # (1, T)
+        logits.append(model(new, cache=cache.row(b), last=1)[:, 0])         # (1, V)
+    logits = torch.cat(logits)
+    for step in range(n):
+        if step > 0:
+            new = torch.tensor(ids, device=device).view(-1, 1)              # (B, 1)
+            logits = model(new, cache=cache)[:, 0]                          # (B, V)
+        ids = choose(logits).tolist()
+        yield ids
 
 
 # ---- What the scripts share (when you copy the model, delete from here to the end) --------------
@@ -392,9 +481,9 @@ def guard(main):
 
 def parse_config(cls, doc, args=None):
     """Fills the dataclass `cls` from the command line. A field `rows: int = 8  # of a step, > 0`
-    becomes the option --rows with that help; a bool becomes a switch, a tuple takes several words,
-    `int | None` means "worked out when not given". Numbers are finite and not negative; "> 0" in
-    a comment excludes 0 as well, and "0 to 99" sets limits."""
+    becomes the option --rows with that help; a bool becomes a switch, a tuple takes several words
+    (called tags: those without an option), `int | None` means "worked out when not given". Numbers
+    are finite and not negative; "> 0" in a comment excludes 0 as well, "0 to 99" sets limits."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
@@ -405,13 +494,15 @@ def parse_config(cls, doc, args=None):
         kind = next(iter(typing.get_args(field.type)), field.type)      # int | None -> int
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
+        elif field.name == "tags":
+            parser.add_argument("tags", nargs="*", default=(), metavar="TAG", help=text)
         elif kind is tuple:
             parser.add_argument(flag, nargs="+", default=(), metavar="NAME", help=text)
         else:
             text += "" if field.default in (None, "") else f" (default: {field.default})"
             parser.add_argument(flag, type=kind, default=field.default, help=text,
                                 metavar=kind.__name__.upper())
-    config = cls(**vars(parser.parse_args(args)))
+    config = cls(**vars(parser.parse_intermixed_args(args)))
     for name, value in vars(config).items():
         if type(value) in (int, float):
             problem = number_problem(value, comments.get(name, ""))
@@ -599,27 +690,68 @@ def read_lines(path, fields, optional={}):
     return records
 
 
-def write_results(path, key, sections):
-    """Writes what eval.py has found. key: of what it is; sections: {name: results}."""
-    content = dict(key=key, sections=sections)
-    atomic_write(path, json.dumps({**content, "sha256": results_hash(content)}, indent=1))
+def wilson(k, n):
+    """[k / n, low, high]: a rate with its 95% interval, which is good near 0 and 1, too (Wilson
+    1927)."""
+    z = 1.96
+    center = (k + z * z / 2) / (n + z * z)
+    width = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return [k / n, max(0.0, center - width), min(1.0, center + width)]
+
+
+class Results:
+    """eval.json or chat.json beside a checkpoint: the parts of a test that are finished, nested
+    dicts, and the key, which says what was tested: sha256 of the weights, texts, sizes."""
+
+    def __init__(self, path, key):
+        self.path, self.key = path, key
+        found_key, self.parts = read_results(path)
+        if self.parts and found_key != key:
+            print(f"  {path} belongs to another checkpoint, text or size: testing again")
+            self.parts = {}
+
+    def part(self, names, test, *args):
+        """parts[names[0]][names[1]] ...: test(*args), unless it is there already."""
+        *outer, name = names
+        place = self.parts
+        for step in outer:
+            place = place.setdefault(step, {})
+        if name not in place:
+            start = time.time()
+            place[name] = json.loads(json.dumps(test(*args), default=float))
+            content = dict(key=self.key, parts=self.parts)
+            content["sha256"] = content_hash(content)       # nobody should edit results
+            atomic_write(self.path, json.dumps(content, indent=1))
+            print(f"  {', '.join(names)}: {time.time() - start:.0f} s", flush=True)
+        return place[name]
+
+
+def content_hash(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_results(path):
-    """(key, sections) of such a file, (None, {}) if there is none. Exits if it was changed."""
+    """(key, parts) of a file that Results has written; ({}, {}) if there is none. Exits if it is
+    damaged."""
     try:
-        data = json.loads(path.read_text("utf-8")) if path.exists() else None
-        if data is None:
-            return None, {}
-        if data.pop("sha256") != results_hash(data):
-            raise ValueError("its sha256 is another")
-        return data["key"], data["sections"]
+        content = json.loads(path.read_text("utf-8")) if path.exists() else None
+        if content is None:
+            return {}, {}
+        if content.pop("sha256") != content_hash(content):
+            raise ValueError("its sha256 is not that of its content")
+        return content["key"], content["parts"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        sys.exit(f"{path} is damaged ({one_line(e)}): delete it, and run eval.py again")
+        sys.exit(f"{path} is damaged ({one_line(e)}): delete it and test again")
 
 
-def results_hash(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def results_of(folder, name):
+    """The same for the results beside the newest checkpoint in `folder`. Exits if they are those of
+    another one."""
+    key, parts = read_results(folder / name)
+    steps = checkpoint_steps(folder)
+    if parts and steps and key["sha256"] != weights_hash(folder, steps[-1]):
+        sys.exit(f"{folder / name} belongs to another checkpoint than {folder} holds: test again")
+    return key, parts
 
 
 def text_column(path, column):
@@ -768,6 +900,30 @@ def newest_checkpoint(folder):
     return None
 
 
+def tokenizer_of(meta, base):
+    """The tokenizer in a base folder. Exits unless the model of `meta` was trained with it. (Other
+    code's metas do not say with which.)"""
+    enc = load_tokenizer(base / "tokenizer")
+    ours = tokenizer_hash(enc)
+    if meta.get("tokenizer", ours) != ours or meta["model_config"]["vocab_size"] != enc.n_vocab:
+        sys.exit(f"the model was trained with another tokenizer than that in {base / 'tokenizer'}: "
+                 "put its own there")
+    return enc
+
+
+def finished_checkpoint(folder):
+    """The newest step of a model that another run starts from; None where there is no checkpoint.
+    Exits unless it is finished, and was trained with the tokenizer that there is."""
+    step = newest_checkpoint(folder)
+    if step is not None:
+        meta = read_meta(folder, step)
+        if meta.get("steps", step) != step or not meta.get("finished", True):
+            sys.exit(f"{folder} is at step {step} of {meta.get('steps')}: finish it first, with "
+                     "the command that began it")
+        tokenizer_of(meta, base_dir())
+    return step
+
+
 def weights_hash(folder, step):
     """The sha256 of a checkpoint's weights: that in its meta file, which newest_checkpoint() has
     compared with the file; or where it has none, as from other code, the file's."""
@@ -801,7 +957,8 @@ def load_weights(model, optimizer, folder, step, device):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """The GPT of the newest undamaged checkpoint, RoPE on or off as it was, and its meta."""
+    """The GPT of the newest undamaged checkpoint, RoPE on or off as it was, and its meta. Not for
+    training: the weights are in `dtype`."""
     folder = Path(folder)
     step = newest_checkpoint(folder)
     if step is None:
@@ -810,7 +967,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
     meta = read_meta(folder, step)
     model = GPT(GPTConfig(**meta["model_config"]), meta["loop_state"]["use_rope"], dtype)
     model.load_state_dict(load_part(folder, step, "model"))
-    return model.to(device), meta
+    return model.to(device, dtype), meta
 
 
 # Downloads

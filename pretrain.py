@@ -9,30 +9,39 @@ The model recovers, and is no longer tied to the lengths it was trained at (arXi
 
     python pretrain.py --tag d18_9tpp_drope_50              # 18 layers, 9 tokens a parameter
     torchrun --nproc_per_node 8 pretrain.py --depth 18      # the same batches, the same losses
+    python pretrain.py --init d18_9tpp --tpp 1 --drope 0 --tag recalibrated     # see below
     python pretrain.py --fetch 8                            # downloads 8 training shards, and stops
+    python pretrain.py --status                             # which models there are, and how far
 
 Takes tok.py's tokenizer and the shards, of which it fetches the next while it trains. Gives
 base_checkpoints/TAG/: model_, optim_, loader_, meta_ files of a step, and metrics.jsonl. The same
 command resumes an interrupted run. d18 at 9 tokens per parameter takes 4.8 hours on an H100 in
 bfloat16 (modelled at 170,000 tokens/s, not measured). It has no sharding of weights: a model has to
 fit on one GPU.
+
+--init starts from the weights of a finished model instead of random ones, with a fresh optimizer
+and schedule, where in the data that model's training stopped. With --drope 0 that recalibrates a
+model with RoPE to do without, the paper's main use of DroPE. Keep the learning rates high, as they
+are by default: QK-norm keeps training stable, and at low rates the model recovers less. With RoPE
+left on, --init is plain continued pretraining.
 """
 import signal, sys
 if __name__ == "__main__":              # so that Ctrl-C during the imports is no traceback
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
 import contextlib, hashlib, json, math, os, re, resource, threading, time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import (GPT, FetchError, GPTConfig, Run, ValidationRows,
-                   accumulate_gradients, atomic_write, attention_kernel, base_dir, check_checkpoint,
-                   checkpoint_steps, compile_model, difference, encode, fetch, file_hash,
-                   from_rank_0, guard, largest_divisor, load_part, load_tokenizer, log_head,
-                   one_line, parse_config, read_meta, retry, rows_at_a_time, rows_of_a_step, say,
-                   set_fp8, setup_env, text_column, token_bytes, tokenizer_hash)
+from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
+                   atomic_write, attention_kernel, base_dir, check_checkpoint, checkpoint_steps,
+                   compile_model, difference, encode, fetch, file_hash, finished_checkpoint,
+                   from_rank_0, generate, guard, largest_divisor, load_part, load_tokenizer,
+                   log_head, one_line, parse_config, read_lines, read_meta, retry, rows_at_a_time,
+                   rows_of_a_step, say, set_fp8, setup_env, text_column, token_bytes,
+                   tokenizer_hash, weights_hash)
 from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
@@ -42,6 +51,7 @@ class Config:                           # the comments are the help; "> 0" and "
     tpp: float | None = None            # tokens per parameter, > 0, 0 to 9999; else the tag's, or 9
     drope: int | None = None            # percent of steps with RoPE, 0 to 99; not given: RoPE stays
     tag: str = ""                       # name of the run; not given: as in d18_9tpp_drope_50
+    init: str = ""                      # start from this finished model, such as d18_9tpp
     dataset: str = "karpathy/climbmix-400b-shuffle"     # on the hub; "local": what is in data_dir
     data_dir: str = ""                  # of the shards; default: data/climbmix in the base folder
     text_column: str = "text"           # of the shards
@@ -61,13 +71,14 @@ class Config:                           # the comments are the help; "> 0" and "
     fp8: bool = False                   # float8 matmuls in the blocks (H100 or newer)
     patience: float = 600               # seconds to keep asking a hub that does not answer
     fetch: int | None = None            # download so many training shards, > 0, and stop
+    status: bool = False                # list the models and how far each is, and stop
     plan: tuple = ()                    # print steps, tokens, hours, disk of these tags, and stop
     speed: float = 170_000              # of the plan: tokens/s for d18, modelled for an H100, > 0
     bench: bool = False                 # time steps on random tokens, print one JSON line, and stop
     vocab_size: int | None = None       # of --bench and --plan, 1 to 1000000; default: 32768
 
 
-# What changes the weights, so that a resumed run must have the same
+# What changes the weights, so that a resumed run must have the same; of init see find_init
 RECIPE = ("depth", "tpp", "drope", "text_column", "max_seq_len", "total_batch_size", "embedding_lr",
           "unembedding_lr", "matrix_lr", "weight_decay", "fp8")
 SHARD_TOKENS, SHARD_BYTES = 54e6, 92e6  # of a shard of the dataset, roughly
@@ -83,7 +94,17 @@ def name_of(depth, tpp, drope):
 def resolve(cfg):
     """Makes depth, tpp, drope and tag agree: a tag like d18_9tpp_drope_50 says all three."""
     found = re.match(r"d(\d+)_(\d+(?:\.\d+)?)tpp(?:_drope_(\d+))?", cfg.tag)
-    if not found and re.match(r"d\d", cfg.tag):
+    if cfg.init:
+        steps = checkpoint_steps(base_dir() / "base_checkpoints" / cfg.init)
+        if not steps:
+            sys.exit(f"--init {cfg.init}: no model in {base_dir() / 'base_checkpoints' / cfg.init}")
+        if found or not cfg.tag:
+            sys.exit(f"--init needs a --tag of your own, such as {cfg.init.split('_')[0]}-"
+                     "recalibrated; a tag like d18_9tpp is trained from random weights")
+        if cfg.depth is None:
+            meta = read_meta(base_dir() / "base_checkpoints" / cfg.init, steps[-1])
+            cfg.depth = meta["model_config"]["n_layer"]
+    elif not found and re.match(r"d\d", cfg.tag):
         sys.exit(f"--tag {cfg.tag}: a tag is like d18_9tpp or d18_9tpp_drope_50; other names do "
                  "not begin with d and a digit")
     if found:
@@ -394,14 +415,10 @@ class PackedRows:
         return np.stack((made[:, :-1], made[:, 1:]))
 
 
-@torch.no_grad()
 def sample(model, enc, prompt, n=48):
-    """Greedy continuation of a text, without a cache: n forward passes."""
+    """Greedy continuation of a text by n tokens."""
     ids = [enc.encode_single_token("<|bos|>")] + enc.encode_ordinary(prompt)
-    device = model.lm_head.weight.device
-    for _ in range(n):
-        context = torch.tensor([ids[-model.config.sequence_len:]], device=device)
-        ids.append(model(context)[0, -1].argmax().item())
+    ids += [token for [token] in generate(model, [ids], n)]
     return enc.decode(ids[1:])
 
 
@@ -470,6 +487,37 @@ def plan(cfg):
           "depths by their FLOPs (170,000 is modelled for an H100 in bfloat16, not measured)")
     print(f"{total_disk / 1e9:.0f} GB of checkpoints and exports, and for the {most_shards} shards "
           f"that all tags share {most_shards * SHARD_BYTES / 1e9:.0f} GB")
+
+
+def status():
+    """Lists the models, and how far each is."""
+    for base in (base_dir(), base_dir() / "tiny"):
+        for stage, export in (("base_checkpoints", "hf_base"), ("chatsft_checkpoints", "hf_sft")):
+            for folder in sorted((base / stage).glob("*")):
+                if checkpoint_steps(folder):
+                    exported = (base / export / folder.name / "config.json").exists()
+                    try:
+                        words = how_far(folder)
+                    except (SystemExit, OSError) as e:
+                        words = f"unclear: {one_line(e)}"
+                    print(f"{folder}{', exported' if exported else ''}\n    {words}")
+
+
+def how_far(folder):
+    """A run in one line, from its meta file and metrics.jsonl alone."""
+    meta = read_meta(folder, checkpoint_steps(folder)[-1])
+    words = f"step {meta['step']} of {meta.get('steps', 'unknown')}"
+    if meta.get("finished"):
+        words = f"finished at step {meta['step']}"
+    if meta.get("val_bpb") is not None:
+        words += f", val bpb {meta['val_bpb']:.3f}"
+    numbers = dict(val_bpb_with_rope=float, val_bpb_without_rope=float)
+    for record in read_lines(folder / "metrics.jsonl", {"step": int}, numbers):
+        if numbers.keys() <= record.keys():
+            return (f"{words}, RoPE dropped at step {record['step']} (val bpb "
+                    f"{record['val_bpb_with_rope']:.3f} with it, "
+                    f"{record['val_bpb_without_rope']:.3f} without)")
+    return f"{words}, RoPE {'on' if meta['loop_state']['use_rope'] else 'off'}"
 
 
 def bench(cfg, env):
@@ -548,12 +596,43 @@ def open_shards(cfg, run):
     return shards
 
 
+def find_init(cfg, config):
+    """(folder, step, sha256 of the weights) of the model that --init names. Exits unless it is
+    finished, and has this tokenizer and these sizes."""
+    folder = base_dir() / "base_checkpoints" / cfg.init
+    step = finished_checkpoint(folder)
+    theirs = read_meta(folder, step)
+    sizes = {**theirs["model_config"], "sequence_len": config.sequence_len}
+    different = difference(sizes, asdict(config))
+    if different:
+        sys.exit(f"--init {cfg.init}: its model has {different}")
+    if cfg.drope is not None and not theirs["loop_state"]["use_rope"]:
+        sys.exit(f"--init {cfg.init}: it has no RoPE any more; leave out --drope")
+    return folder, step, weights_hash(folder, step)
+
+
+def start_from_init(model, run, folder, step):
+    """Loads the weights, and whether the model has RoPE. Returns where in the data the training of
+    that model stopped (but for the ~1,000 documents that waited in its buffer), for PackedRows;
+    None if that was other data."""
+    meta = read_meta(folder, step)
+    model.load_state_dict(load_part(folder, step, "model", run.env.device))
+    model.use_rope = meta["loop_state"]["use_rope"]
+    different = difference(meta.get("data", {}), run.data)
+    where = f"at the beginning of the data (that model's: {different})" if different else (
+        "where in the data its training stopped")
+    run.say(f"starting from the weights of step {step} of {folder}, {where}")
+    if not different:
+        nothing = dict(tokens=torch.empty(0, dtype=torch.int32), lengths=torch.empty(0).long())
+        return {**meta["dataloader_state_dict"], "seen": 0, "cut": 0, **nothing}
+
+
 def find_trunk(run, shards, derived):
     """(folder, step) of the checkpoint that the run with RoPE kept at this run's switch, or None if
     there is none, or the run has begun. Up to there the two are the same, if their recipes and data
     are."""
     cfg, switch = run.cfg, derived.switch
-    if not cfg.drope or run.source:
+    if not cfg.drope or cfg.init or run.source:
         return None
     folder = run.folder.parent / name_of(cfg.depth, cfg.tpp, None)
     problem = trunk_problem(run, shards, folder, switch)
@@ -590,7 +669,8 @@ def trunk_problem(run, shards, folder, switch):
 def kept_steps(cfg, steps, before=""):
     """The steps at which a run with RoPE keeps a checkpoint for the runs that drop it there: those
     of --keep, and of the --keep with which it ran before it was interrupted."""
-    percents = re.findall(r"[\d.]+", f"{cfg.keep} {before}") if cfg.drope is None else []
+    trunk = cfg.drope is None and not cfg.init
+    percents = re.findall(r"[\d.]+", f"{cfg.keep} {before}") if trunk else []
     return {round(float(percent) / 100 * steps) for percent in percents}
 
 
@@ -612,6 +692,8 @@ def main():
         return plan(cfg)
     if cfg.fetch:
         return fetch_only(cfg)
+    if cfg.status:
+        return status()
     env = setup_env(compile=cfg.compile)
     if cfg.bench:
         return bench(cfg, env)
@@ -624,6 +706,11 @@ def main():
     rows = check_sizes(cfg, derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     recipe = {**{field: getattr(cfg, field) for field in RECIPE}, "tokenizer": tokenizer_hash(enc)}
+    init = None
+    if cfg.init:
+        init = find_init(cfg, derived.config) if env.rank == 0 else None
+        init = from_rank_0(init, env)
+        recipe["init"] = f"step {init[1]} of {cfg.init}, sha256 {init[2]}"
     run = Run(base_dir() / "base_checkpoints" / cfg.tag, cfg, recipe, env)
     if run.meta.get("finished"):
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
@@ -634,11 +721,14 @@ def main():
         run.say(f"branching off {trunk[0]}, which is the same up to the switch")
 
     model, compiled, optimizer = make_model(cfg, derived, env)
+    position = run.loader_state()
+    if init and not run.source:
+        position = start_from_init(model, run, *init[:2])
     stream = validation = None
     if env.rank == 0:
         log_head(cfg, derived, env, attention=attention_kernel(env, derived.config), rows=rows,
                  tokenizer=recipe["tokenizer"], revision=shards.revision, **run.data)
-        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1, run.loader_state())
+        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1, position)
         validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
     validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
                                      token_bytes(enc), env)

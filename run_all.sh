@@ -24,10 +24,10 @@
 #   sbatch run_all.sh d18 9 50              any of these under Slurm (--nodes 2: on two machines)
 #
 # Environment: NANOCHAT_BASE_DIR, the folder of all artifacts (out). GPUS, the training processes on
-# a machine (1, or what Slurm gave). TOK, PRETRAIN, SFT, EVAL: more options for the stages of a tag,
-# such as PRETRAIN="--device-batch-size 8" SFT="--skip identity --words 'my words.txt'". On your own
-# text: PRETRAIN="--dataset local --data-dir my/shards". On two machines without Slurm, in a folder
-# that they share: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash run_all.sh ...
+# a machine (1, or what Slurm gave). TOK, PRETRAIN, SFT, EVAL, CHAT: more options for the stages of
+# a tag, as in PRETRAIN="--device-batch-size 8" SFT="--skip identity --words 'my words.txt'". On
+# your own text: PRETRAIN="--dataset local --data-dir my/shards". On two machines without Slurm, in
+# a folder that they share: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash run_all.sh ...
 #
 # Needs Python 3.10 with venv, or uv; for a GPU driver 580, a C compiler and Python.h. d18 at 9
 # tokens per parameter takes 30 GB and 4.8 hours of pretraining (on an H100 in bfloat16, modelled at
@@ -53,7 +53,7 @@ HERE="$(dirname "$0")"          # Slurm runs a copy of this file, in the folder 
 
 BASE="${NANOCHAT_BASE_DIR:-out}"
 [[ "$BASE" != -* ]] || BASE="./$BASE"
-for name in TOK PRETRAIN SFT EVAL; do   # as arrays of words; quotes keep spaces within a word
+for name in TOK PRETRAIN SFT EVAL CHAT; do   # as arrays of words; quotes keep spaces within a word
     eval "$name=(${!name})" 2>/dev/null || die "$name=${!name}: its quotes do not match"
 done
 GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" NODES="${NODES:-${SLURM_NNODES:-1}}"
@@ -208,6 +208,7 @@ all_stages() {
         python tok.py "${shards[@]}" "${TOK[@]}" --check
         python sft.py "${SFT[@]}" --tag "$1" --check
         python eval.py "${EVAL[@]}" "$1" --check
+        python chat.py "${CHAT[@]}" "$1" --check
         plan "$@"
     fi
     [ -e "$BASE/tokenizer/config.json" ] || alone pretrain.py "${PRETRAIN[@]}" --fetch 8
@@ -217,8 +218,12 @@ all_stages() {
         train sft.py "${SFT[@]}" --tag "$tag"
         alone export_hf.py --tag "$tag"
         alone eval.py "${EVAL[@]}" "$tag"
+        alone chat.py "${CHAT[@]}" --score "$tag"
     done
-    [ $# = 1 ] || alone eval.py "${EVAL[@]}" --table "$@"
+    if [ $# -gt 1 ]; then
+        alone eval.py "${EVAL[@]}" --table "$@"
+        alone chat.py "${CHAT[@]}" --score "$@"
+    fi
 }
 
 # ---- The tiny size -------------------------------------------------------------------------------
@@ -234,12 +239,16 @@ tiny() {
         --eval-sample 32768 --matrix-lr 0.5 --embedding-lr 2 --unembedding-lr 0.06 --weight-decay 0
     stage python sft.py --tag $tag --conversations "$data/conversations.jsonl" $sizes \
         --save-every 100 --words "$data/words.txt" --spelling-rows 200 --bee-rows 50 \
-        --init-lr-frac 0.05
+        --init-lr-frac 0.1
     stage python export_hf.py --tag $tag
     stage python eval.py $tag --quick
-    stage python eval.py --status
+    stage python chat.py $tag --score --questions 16
+    stage python pretrain.py --status
     [ -z "$DRY" ] || return 0
-    echo "What does os.path.join do?" | python eval.py --chat $tag
+    for question in "What does os.path.join do?" "What is len for?" "Who are you?"; do
+        echo "> $question"
+        python chat.py $tag --temperature 0 --prompt "$question"
+    done
     echo "wall time:$TIMES  all $((SECONDS - start)) s; artifacts are in $BASE/"
 }
 
@@ -251,13 +260,13 @@ main() {
     case "$*" in
         ""|tiny) setup; tiny; return;;
         --dry-run|"tiny --dry-run") DRY=yes; tiny; return;;
-        status) setup; python eval.py --status; return;;
+        status) setup; python pretrain.py --status; return;;
     esac
     case "$1" in
         help|-h|--help) sed -n '/^# The whole/,/^set /s/^# \{0,1\}//p' run_all.sh; return;;
         demo) shift; setup; stage python demo.py "$@"; return;;
         test) shift; setup; exec python test_all.py "$@";;
-        chat) shift; tags="$(tag_of "$@")"; setup; python eval.py --chat "$tags"; return;;
+        chat) shift; tags="$(tag_of "$@")"; setup; python chat.py "$tags"; return;;
     esac
     local words="$*" what=all_stages dry='^(.*) --dry-run( [1-9][0-9]*)?$'
     if [[ "$words" =~ $dry ]]; then

@@ -33,10 +33,10 @@ import pyarrow.parquet as pq
 
 from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
                    atomic_write, attention_kernel, base_dir, checkpoint_files, checkpoint_steps,
-                   compile_model, encode, fetch, fetch_url, file_hash, from_rank_0, guard, has_kind,
-                   load_tokenizer, load_weights, log_head, newest_checkpoint, one_line,
-                   parse_config, read_meta, rows_at_a_time, rows_of_a_step, set_fp8, setup_env,
-                   text_column, token_bytes, tokenizer_hash, weights_hash)
+                   compile_model, encode, fetch, fetch_url, file_hash, finished_checkpoint,
+                   from_rank_0, generate, guard, has_kind, load_tokenizer, load_weights, log_head,
+                   one_line, parse_config, read_meta, rows_at_a_time, rows_of_a_step, set_fp8,
+                   setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -627,20 +627,26 @@ def check_files(cfg):
 REFERENCE_LRS = ("embedding_lr", "unembedding_lr", "matrix_lr")
 
 
-def find_base(cfg, enc):
+def sample(model, enc, source, n=64):
+    """A question and the model's greedy answer to it: the first question of a Source."""
+    asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", source.messages(0)))
+    ids = [*render(enc, asked)[0], enc.encode_single_token("<|assistant_start|>")]
+    end, answer = enc.encode_single_token("<|assistant_end|>"), []
+    for [token] in generate(model, [ids], n):
+        if token == end:
+            break
+        answer.append(token)
+    return f"sample: {asked[-1]['content'][:200]!r} -> {enc.decode(answer)!r}"
+
+
+def find_base(cfg):
     """(folder, step, hash of the weights) of the model to fine-tune; (folder, None, None) if there
     is none. Exits with one line if it will not do."""
     folder = base_dir() / "base_checkpoints" / cfg.tag.removesuffix("_long")
-    step = newest_checkpoint(folder)
+    step = finished_checkpoint(folder)
     if step is None:
         return folder, None, None
-    meta, ours = read_meta(folder, step), tokenizer_hash(enc)
-    if meta.get("steps", step) != step or not meta.get("finished", True):
-        sys.exit(f"{folder} is at step {step} of {meta['steps']}: finish it first, by the command "
-                 "of pretrain.py that began it")
-    if meta.get("tokenizer", ours) != ours or meta["model_config"]["vocab_size"] != enc.n_vocab:
-        sys.exit(f"{folder} was trained with another tokenizer than {base_dir() / 'tokenizer'}: "
-                 "put its own there")
+    meta = read_meta(folder, step)
     missing = [lr for lr in REFERENCE_LRS if not has_kind(meta["user_config"].get(lr), float)]
     if missing:
         sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say the learning rates: add "
@@ -651,7 +657,7 @@ def find_base(cfg, enc):
 def open_run(cfg, enc, env):
     """The Run, and folder and step of the base model. Exits without creating a folder if there is
     neither a base model nor a checkpoint of fine-tuning."""
-    found = find_base(cfg, enc) if env.rank == 0 else None
+    found = find_base(cfg) if env.rank == 0 else None
     base, base_step, base_hash = from_rank_0(found, env)
     folder = base_dir() / "chatsft_checkpoints" / cfg.tag
     if base_step is None and not checkpoint_steps(folder):
@@ -728,6 +734,8 @@ def main():
     def validate():
         n = max(1, cfg.eval_tokens // cfg.max_seq_len)
         run.validated(step, *run.validate(compiled, validation_rows, n))
+        if env.rank == 0:
+            run.say(sample(model, enc, held_out.mixture.sources[0][-1]))
 
     step = run.step
     while run.done < 1:

@@ -11,8 +11,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before torch is imported: other te
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("NANOCHAT_BASE_DIR", None)
 import ast, base64, contextlib, dataclasses, errno, hashlib, http.server, inspect, io, json
-import math, pickle, queue, random, re, shutil, signal, socket, subprocess, sys, threading, time
-import types
+import math, pickle, pty, queue, random, re, select, shutil, signal, socket, subprocess, sys
+import threading, time, types
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,6 +31,7 @@ from torch._dynamo.testing import CompileCounter
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import chat as chat_py
 import demo
 import eval as ev
 import export_hf
@@ -404,6 +405,55 @@ def test_the_model_equals_the_reference(use_rope, logn_scale):
     assert got.dtype == torch.float32 and got.shape == (12, 70)
     assert (got - expected).abs().max() < 2e-4 * expected.abs().max()
     assert expected.abs().max() > 5                         # or the softcap would not show
+
+
+@pytest.mark.parametrize("logn_scale", [0.0, 0.4])
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_logits_with_a_cache_equal_those_without(use_rope, logn_scale):
+    """Three rows of different lengths, read one by one, in one piece or two, then continued
+    together; up to 90 tokens, of a model that was trained at 32."""
+    model, rows = small_model(use_rope=use_rope), torch.randint(0, 70, (3, 90))
+    model.logn_scale = logn_scale
+    expected, cache, lengths = model(rows), M.KVCache(model, 3, 90), (5, 60, 31)
+    for b, n in enumerate(lengths):
+        for first, end in ((0, n - 3), (n - 3, n)):
+            logits = model(rows[b:b + 1, first:end], cache=cache.row(b))
+            assert torch.allclose(logits[0], expected[b, first:end], atol=1e-5)
+    assert cache.lengths.tolist() == list(lengths)
+    for step in range(30):
+        ids = torch.stack([rows[b, n + step:n + step + 1] for b, n in enumerate(lengths)])
+        wanted = torch.stack([expected[b, n + step] for b, n in enumerate(lengths)])
+        assert torch.allclose(model(ids, cache=cache)[:, 0], wanted, atol=1e-5)
+    assert torch.equal(model(rows, last=7), expected[:, -7:])
+    with pytest.raises(ValueError, match="91 tokens do not fit into a cache of 90"):
+        model(rows[:1, :1], cache=cache.row(1))
+
+
+def test_texts_are_continued_as_by_a_loop_without_a_cache():
+    """Each on its own; an id that the caller replaces counts; a cache goes on where it stopped."""
+    model, texts = small_model(), [[1, 2, 3], [4] * 40, [5]]
+
+    def slow(text, n, forced=None):
+        ids = list(text)
+        for step in range(n):
+            token = model(torch.tensor([ids]))[0, -1].argmax().item()
+            ids.append(forced if step == 2 and forced is not None else token)
+        return ids[len(text):]
+
+    assert list(zip(*M.generate(model, texts, 12))) == [tuple(slow(text, 12)) for text in texts]
+    forced = []
+    for step, ids in enumerate(M.generate(model, texts, 12)):
+        if step == 2:
+            ids[1] = 69
+        forced.append(ids[1])
+    assert forced == slow(texts[1], 12, 69)
+    text, cache = [1, 2, 3], M.KVCache(model, 1, 60)
+    for n in (5, 1, 8):
+        new = [ids[0] for ids in M.generate(model, [text], n, cache=cache)]
+        assert new == slow(text, n) and cache.lengths.tolist() == [len(text) + n - 1]
+        text = text + new + [7]                             # what a user says next
+    drawn = list(M.generate(model, texts, 4, choose=lambda logits: torch.tensor([1, 2, 3])))
+    assert drawn == [[1, 2, 3]] * 4
 
 
 def test_the_loss_in_chunks_equals_the_plain_one():
@@ -1021,7 +1071,9 @@ def test_the_corpus_is_always_the_same_and_keeps_what_it_validates_on_apart(tmp_
     assert not set(pairs[0]) & set(pairs[1]) and len(pairs[0]) > 1000
     for some, answers in zip(texts, pairs):                 # an answer is taken from its own shard
         text = " ".join(" ".join(some).split())
-        assert all(answer in text for answer in list(answers.values())[::50])
+        told = {*demo.EXAMPLES.values(), demo.WHO[1]}
+        assert all(answer in text or answer in told for answer in list(answers.values())[::50])
+    assert pairs[0]["What is len for?"] == demo.EXAMPLES["len"]
 
 
 STREAM = torch.cat([torch.tensor([431]), torch.arange(400)]).repeat(3)     # <|bos|> and a text
@@ -1049,23 +1101,40 @@ def test_rows_tell_four_facts_and_ask_for_them_and_a_prompt_has_one_right_answer
 
 
 WORKERS = """
-import demo, multiprocessing, time
+import demo, os, signal, time
+demo.write_corpus = lambda folder: folder
+demo.subprocess.run = lambda *args, **more: demo.subprocess.CompletedProcess(args, 0)
+
+
+def work(arm, seed, steps, data, tokenizer, path):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+
+demo.run_arm, demo.os.cpu_count = work, lambda: 2
 if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(2, demo.prepare_worker) as pool:
-        pool.map(abs, range(2))
-        print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-        time.sleep(60)
+    (demo.base_dir() / "data/demo").mkdir(parents=True)
+    (demo.base_dir() / "data/demo/shard_00000.parquet").write_bytes(b"")
+    demo.guard(lambda: demo.demonstrate(demo.Config(), demo.base_dir()))
 """
 
 
-def test_the_workers_end_when_their_parent_is_killed(tmp_path):
+@pytest.mark.parametrize("whom, sent, status, says", [
+    ("parent", signal.SIGKILL, -9, ""), ("parent", signal.SIGINT, 1, "interrupted"),
+    ("parent", signal.SIGTERM, 1, "interrupted"), ("worker", signal.SIGKILL, 1, "was killed")])
+def test_the_workers_of_the_demonstration_end_with_it(tmp_path, whom, sent, status, says):
+    """Whether it is killed or stopped; and it ends with one line if a worker is killed."""
     (tmp_path / "workers.py").write_text(WORKERS)
     process = start(tmp_path / "workers.py", base=tmp_path)
-    workers = [Path("/proc") / pid / "cmdline" for pid in process.stdout.readline().split()]
-    assert len(workers) == 2 and all(path.exists() for path in workers)
-    process.kill()
-    process.communicate()                                   # returns when the workers have ended
-    assert not any(path.exists() and path.read_bytes() for path in workers)
+    said = [process.stdout.readline() for _ in range(3)]    # the head, and two numbers of processes
+    workers = [int(line) for line in said if line.strip().isdecimal()]
+    paths = [Path(f"/proc/{pid}/cmdline") for pid in workers]
+    assert len(workers) == 2 and all(path.exists() for path in paths)
+    os.kill(process.pid if whom == "parent" else workers[0], sent)
+    _, err = process.communicate(timeout=60)                # returns when the workers have ended
+    assert process.returncode == status and says in err, err
+    assert err.count("\n") == 1 or sent == signal.SIGKILL, err
+    assert not any(path.exists() and path.read_bytes() for path in paths)
 
 
 def test_drope_is_rope_until_the_switch(monkeypatch):
@@ -1073,7 +1142,8 @@ def test_drope_is_rope_until_the_switch(monkeypatch):
     seen, losses = [], {}
     for arm in ("RoPE", "DroPE 50", "DroPE 75", "NoPE"):
         seen.append(watch_rope(monkeypatch, demo))
-        losses[arm] = demo.train(arm, 3, 4, STREAM)[1]
+        losses[arm] = demo.train(arm, demo.new_model(3), 4, round(4 * demo.ARMS[arm]), STREAM,
+                                 torch.Generator().manual_seed(3))
     assert [sum(flags) for flags in seen] == [4, 2, 3, 0]
     assert all(flags == sorted(flags, reverse=True) and len(flags) == 4 for flags in seen)
     assert losses["RoPE"][:2] == losses["DroPE 50"][:2]     # the same weights and rows
@@ -1089,17 +1159,17 @@ def test_the_demonstration_at_a_tiny_size(tmp_path, monkeypatch):
         write_shard(tmp_path / f"shard_{shard:05d}.parquet", ["some words of text, " * 60] * 2)
     write_tokenizer(tmp_path)
     jobs = [(arm, 0, 10, tmp_path, tmp_path, tmp_path / f"{arm}.json") for arm in demo.ARMS]
-    results = [result for job in jobs for result in demo.run_arm(job)]
+    results = [result for job in jobs for result in demo.run_arm(*job)]
     assert [result["name"] for result in results] == [
-        "RoPE", "RoPE + NTK", "DroPE 50", "DroPE 75", "NoPE"]
+        "RoPE", "RoPE + NTK", "RoPE, recalibrated", "DroPE 50", "DroPE 75", "NoPE"]
     for result in results:
         assert result["facts"][0] == result["facts_fitted"][0]
         assert result["text"][0] == result["text_fitted"][0]
     assert results[0]["text"][0] == results[1]["text"][0]
     assert results[0]["text"][3] != results[1]["text"][3]
     monkeypatch.setattr(demo, "train", None)
-    assert [result for job in jobs for result in demo.run_arm(job)] == results
-    assert len(demo.table(results).splitlines()) == 2 + 5
+    assert [result for job in jobs for result in demo.run_arm(*job)] == results
+    assert len(demo.table(results).splitlines()) == 2 + 6
     demo.draw(results, 10, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -1388,6 +1458,98 @@ def test_a_trunk_of_another_run_is_not_used(drope_run, trunk_base, tmp_path, cap
     found, said = pretrain.find_trunk(run, pretrain.Shards(cfg), derived), capsys.readouterr().out
     assert found == (None if says else (trunk, 10))
     assert not says or (says in said and "The first 10 of 20 steps, 1.02e-05B tokens" in said)
+
+
+# ---- A run that starts from a finished model -----------------------------------------------------
+
+RECALIBRATED = (*TINY[2:-1], STEPS_20 / 2, "--init", TRUNK, "--tag", "d1-recalibrated")
+
+
+@pytest.fixture
+def init_base(trunk_base, tiny_base, tmp_path):
+    """A base folder with a finished model that has RoPE."""
+    folder = share(tiny_base, tmp_path) / "base_checkpoints" / TRUNK
+    shutil.copytree(trunk_base / "base_checkpoints" / TRUNK, folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize("drope", [0, None])
+def test_a_finished_model_is_recalibrated_or_trained_further(init_base, trunk_base, run_here,
+                                                             monkeypatch, drope):
+    """10 steps from its weights, with a fresh optimizer, on the text that comes next: the first
+    batch is that of a loader that stands where that run's stood. Interrupted, it ends the same."""
+    args = RECALIBRATED if drope is None else (*RECALIBRATED, "--drope", drope)
+    source, folder = (init_base / "base_checkpoints" / tag for tag in (TRUNK, "d1-recalibrated"))
+    _, said = run_here(pretrain, args, init_base)
+    step, meta = final(folder)
+    assert step == 10 and meta["loop_state"]["use_rope"] is (drope is None) and meta["finished"]
+    name = f"step 20 of {TRUNK}, sha256 {M.weights_hash(source, 20)}"
+    assert meta["recipe"]["init"] == name and f"# init = {TRUNK}\n" in said
+    assert f"starting from the weights of step 20 of {source}, where in the data" in said
+    lines = records(folder)
+    assert ("val_bpb_with_rope" in lines[0]) == (drope == 0)        # RoPE is dropped before step 0
+    model, end = M.load_model(source)[0], final(source)[1]
+    position = {**end["dataloader_state_dict"], "tokens": torch.empty(0, dtype=torch.int32),
+                "lengths": torch.empty(0, dtype=torch.int64)}
+    assert position["row"] + position["rg_idx"] > 0                 # not at the beginning
+    cfg = pretrain.Config(**{**meta["user_config"], "plan": (), "keep": ""})
+    shards, enc = pretrain.Shards(cfg), M.load_tokenizer(init_base / "tokenizer")
+    x, y = torch.from_numpy(pretrain.PackedRows(shards, shards.names, enc, 65, position).batch(16))
+    model.use_rope = drope is None
+    assert lines[-1]["step"] == 10 and losses(folder)[0] == pytest.approx(
+        (model(x.long(), y.long()) / y.numel()).item(), rel=1e-5)
+    if drope == 0:                      # stopped in step 7 and resumed: the same tensors
+        shutil.move(folder, init_base / "whole")
+        next_batch, seen = M.Run.next_batch, []
+
+        def stops(run):
+            seen.append(run)
+            if len(seen) == 7:
+                run.signal = "SIGTERM"
+            return next_batch(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(M.Run, "next_batch", stops)
+            assert run_here(pretrain, args, init_base)[0] == M.INTERRUPTED
+        assert "resuming from step 6" in run_here(pretrain, args, init_base)[1]
+        assert_same_run(init_base / "whole", folder)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(tag=TRUNK), "--init needs a --tag of your own"), (dict(tag=""), "--init needs a --tag"),
+    (dict(depth=2), "its model has n_layer = 1, not 2"), ("unfinished", "finish it first"),
+    ("tokenizer", "with another tokenizer"), ("no RoPE", "it has no RoPE any more"),
+    ("other model", "was trained with init = step 20 of")])
+def test_a_model_to_start_from_that_will_not_do_is_refused(init_base, refused, run_here, change,
+                                                           says):
+    source, args = init_base / "base_checkpoints" / TRUNK, [*RECALIBRATED, "--drope", 0]
+    if isinstance(change, dict):
+        for name, value in change.items():
+            args += [f"--{name}", value]
+    if change == "unfinished":
+        change_meta(source, 20, lambda meta: meta.update(finished=False, steps=40))
+    if change == "tokenizer":
+        change_meta(source, 20, lambda meta: meta.update(tokenizer="another"))
+    if change == "no RoPE":
+        change_meta(source, 20, lambda meta: meta["loop_state"].update(use_rope=False))
+    if change == "other model":
+        run_here(pretrain, args, init_base)
+        weights = M.load_part(source, 20, "model")
+        torch.save({k: w + 1 for k, w in weights.items()}, source / "model_000020.pt")
+        change_meta(source, 20, lambda meta: meta["sha256"].update(
+            {"model_000020.pt": M.file_hash(source / "model_000020.pt")}))
+        change_meta(source.parent / "d1-recalibrated", 10, lambda meta: meta.update(finished=False))
+    refused(pretrain, args, [says], init_base)
+
+
+def test_a_model_that_saw_other_data_is_trained_further_from_the_beginning(init_base, run_here):
+    """As it was published, without the loader's file; and on a text of one's own."""
+    source, mine = init_base / "base_checkpoints" / TRUNK, init_base / "mine"
+    M.checkpoint_files(source, 20)["loader"].unlink()
+    for name in "ab":
+        write_shard(mine / f"{name}.parquet", some_texts(300, ord(name)), 256)
+    _, said = run_here(pretrain, [*RECALIBRATED, "--data-dir", mine], init_base)
+    assert "at the beginning of the data (that model's: training_files = 3 files" in said
+    assert "finished: " in said and "RoPE on" in said
 
 
 # ---- Shards come from the hub while it trains ----------------------------------------------------
@@ -2246,9 +2408,9 @@ def test_a_run_moves_from_four_processes_to_one(stage, run_here):
     assert_near(folder, reference)
 
 
-# ==== eval.py: base models beyond their training length, chat models through their export =========
+# ==== eval.py: base models beyond their training length ===========================================
 
-SMALL = ev.Sizes((0.5, 1, 2, 4), prompts=10, documents=8, questions=3, words=3, new_tokens=24)
+SMALL = ev.Sizes((0.5, 1, 2, 4), prompts=10, documents=8)
 
 
 def asked(answer, text):
@@ -2292,8 +2454,8 @@ def eval_texts(tmp_path_factory):
 
 def test_intervals_and_p_worked_by_hand():
     # 8 of 10: centre (8 + 1.9208) / 13.8416, half width 1.96 / 13.8416 x sqrt(1.6 + 0.9604)
-    assert ev.wilson(8, 10) == pytest.approx([0.8, 0.490157, 0.943319], abs=2e-6)
-    assert ev.wilson(0, 10) == pytest.approx([0.0, 0.0, 3.8416 / 13.8416])
+    assert M.wilson(8, 10) == pytest.approx([0.8, 0.490157, 0.943319], abs=2e-6)
+    assert M.wilson(0, 10) == pytest.approx([0.0, 0.0, 3.8416 / 13.8416])
     a = [True] * 9 + [False] + [True] * 50 + [False] * 7            # 9 to 1: only prompts that
     b = [False] * 9 + [True] + [True] * 50 + [False] * 7            # differ count
     assert ev.mcnemar(a, b) == ev.mcnemar(b, a) == 2 * (1 + 10) / 1024 and ev.mcnemar(a, a) == 1
@@ -2301,19 +2463,20 @@ def test_intervals_and_p_worked_by_hand():
     mean, low, high = ev.bootstrap(x, np.ones(400))
     assert mean == pytest.approx(x.mean())
     assert high - low == pytest.approx(2 * 1.96 * x.std() / 20, abs=0.02)
-    assert ev.bootstrap(np.array([3.0, 1.0]), np.array([1.0, 3.0]))[0] == 1     # a ratio of sums
+    assert ev.bootstrap([3.0, 1.0], [1.0, 3.0]) == [1]      # a ratio of sums; too few for more
+    assert [len(ev.bootstrap([1.0] * n, [1] * n)) for n in (9, 10)] == [1, 3]
 
 
-@pytest.mark.parametrize("remedy", ["ntk", "yarn"])
-def test_a_remedy_changes_only_contexts_beyond_the_training_length(remedy):
+@pytest.mark.parametrize("scaling", ["ntk", "by parts"])
+def test_scaled_rope_changes_only_contexts_beyond_the_training_length(scaling):
     model, ids = random_model(), torch.randint(0, 265, (1, 512))
     half, once, long = model(ids[:, :128]), model(ids[:, :256]), model(ids)
-    ev.set_arm(model, remedy)
+    ev.set_arm(model, scaling, 0.0)
     assert torch.equal(model(ids[:, :128]), half) and torch.equal(model(ids[:, :256]), once)
     assert not torch.allclose(model(ids), long)
-    ev.set_arm(model)
+    ev.set_arm(model, "", 0.0)
     assert torch.equal(model(ids), long)
-    tables = [M.rotary_tables(512, 64, "cpu"), ev.remedied_tables(512, 64, "cpu", 256, remedy)]
+    tables = [M.rotary_tables(512, 64, "cpu"), ev.scaled_tables(512, 64, "cpu", 256, scaling)]
     plain, slower = [torch.atan2(sin[1], cos[1]) for cos, sin in tables]    # angles of position 1
     ratio = plain / slower
     assert ratio[[0, -1]].tolist() == pytest.approx([1, 2], abs=1e-4)       # fastest, slowest
@@ -2327,14 +2490,16 @@ def test_bits_per_byte_are_those_of_the_last_tokens_and_c_has_the_least_loss(eva
     hay = eval_texts.enc.decode(eval_texts.hay)
     assert not any(document in eval_texts.documents for document in eval_texts.fit)
     assert not any(eval_texts.enc.decode(document) in hay for document in eval_texts.documents)
-    summary, bits = ev.text_bits(model, eval_texts, [1, 4]), {}
+    summary, bits = ev.text_bits(model, eval_texts, [1, 4], False), {}
     for m in (1, 4):
         rows = torch.tensor([[256] + document[-256 * m:] for document in eval_texts.documents])
         logits = model(rows[:, :-1])[:, -n:]
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, -n:].flatten())    # a token is a byte
         bits[m] = loss.item() / math.log(2)
-        assert summary[str(m)]["bpb"][0] == pytest.approx(bits[m], rel=1e-5)
-    assert summary["4"]["change"][0] == pytest.approx(bits[4] - bits[1], abs=1e-4)
+        assert summary[str(m)]["bpb"] == pytest.approx([bits[m]], rel=1e-5)     # no interval from 8
+    cropped = ev.text_bits(model, eval_texts, [2, 4], True)
+    assert cropped["4"]["bits"] == cropped["2"]["bits"] == summary["1"]["bits"]
+    assert ev.change(summary["4"], cropped["4"])[0] == pytest.approx(bits[4] - bits[1], abs=1e-4)
     fit, expected = ev.fit_scale(model, eval_texts, [2, 4], ""), {}
     rows = torch.tensor([[256] + document[-1024:] for document in eval_texts.fit])
     for c in ev.SCALES:
@@ -2346,57 +2511,212 @@ def test_bits_per_byte_are_those_of_the_last_tokens_and_c_has_the_least_loss(eva
 
 
 @pytest.mark.parametrize("i", [0, 5, 9])
-def test_a_prompt_holds_a_needle_and_the_question_for_it(eval_texts, i):
+@pytest.mark.parametrize("kind, told, asked", [
+    ("single", 1, 1), ("multi-key", 4, 1), ("multi-value", 4, 4), ("multi-query", 4, 4)])
+def test_a_prompt_holds_needles_and_asks_for_them(eval_texts, kind, told, asked, i):
     random.seed(i)                                          # must not matter
-    ids, number, digits, blank = ev.make_prompt(eval_texts, 600, i)
-    text, decode = eval_texts.enc.decode(ids[1:]), eval_texts.enc.decode
-    assert len(ids) == len(blank) == 601 and ids[0] == blank[0] == 256
-    asked = text.rsplit("\n", 1)[1]
-    assert re.fullmatch(r"The secret number of \w+ is \d{4}", asked) and digits == 4
-    assert text.count(asked) == 2 and text.count(f"\n{asked}.\n") == 1      # told, and asked
-    assert decode(blank).count(asked) == 1                                  # only asked
-    assert text.index("\n" + asked) == int((i + 0.5) / 10 * (600 - 2 * len(asked) - 4))
-    assert decode(ids[number:]).startswith(asked[-4:] + ".\n")
-    assert ev.make_prompt(eval_texts, 600, i) == (ids, number, digits, blank)
+    prompt, decode = ev.make_prompt(eval_texts, 900, kind, i), eval_texts.enc.decode
+    ids, n_tail, answers, places = prompt
+    assert len(ids) == 901 and ids[0] == 256 and ev.make_prompt(eval_texts, 900, kind, i) == prompt
+    pattern = r"\nA secret number of (\w+) is (\d{4})"
+    hidden = re.findall(pattern + r"\.\n", decode(ids[1:-n_tail]))
+    tail, questions = decode(ids[-n_tail:]), re.findall(pattern, decode(ids[-n_tail:]))
+    assert tail == ".".join(f"\nA secret number of {key} is {value}" for key, value in questions)
+    assert len(set(hidden)) == len(hidden) == told and len(questions) == asked
+    assert set(questions) <= set(hidden) and len({value for _, value in hidden}) == told
+    assert len({key for key, _ in hidden}) == (told if kind in ("multi-key", "multi-query") else 1)
+    assert kind != "multi-value" or questions == hidden     # in the order of the text
+    assert [decode(ids[-n_tail:][answer]) for answer in answers] == [v for _, v in questions]
+    assert sorted(decode(ids[place:place + 6]) for place in places) == sorted(
+        f"{value}.\n" for _, value in questions)
+    depth = (places[0] - 30) / 900 if asked == 1 else 0     # 5, 55 or 95% of the text, roughly
+    assert asked > 1 or abs(depth - (i + 0.5) / 10) < 0.12 or told == 4
+    blank = ev.make_prompt(eval_texts, 900, kind, i, without=True)
+    assert len(blank.ids) == 901 and blank.ids[-n_tail:] == ids[-n_tail:] and not blank.places
+    assert set(re.findall(pattern + r"\.\n", decode(blank.ids[1:-n_tail]))) == (
+        set(hidden) - set(questions))
 
 
 class Copier(torch.nn.Module):
-    """Predicts what followed the longest earlier match of its last tokens; it sees `window`."""
+    """Predicts what followed the longest earlier match of its last tokens; it sees `window`. With
+    `blind` it does not read keys: what followed the last "is " is what it finds."""
 
-    def __init__(self, window):
+    def __init__(self, window, blind=False):
         super().__init__()
-        self.config, self.window = M.GPTConfig(sequence_len=256), window
+        self.config, self.window, self.blind = M.GPTConfig(sequence_len=400), window, blind
         self.lm_head = torch.nn.Linear(1, 265)              # says the device and the vocabulary
 
-    def forward(self, ids):
-        logits = torch.zeros(*ids.shape, 265)
+    def forward(self, ids, last):
+        logits = torch.zeros(1, last, 265)
         row = bytes(i % 256 for i in ids[0].tolist())
-        for t in range(len(row) - 4, len(row)):             # the answer's four digits
+        for t in range(len(row) - last, len(row)):
             seen, size, place = row[max(0, t + 1 - self.window):t + 1], 1, -1
-            while seen.rfind(seen[-size:], 0, len(seen) - 1) >= 0:
+            while seen.rfind(seen[-size:], 0, len(seen) - 1) >= 0 and size < (
+                    4 if self.blind else 99):
                 place = seen.rfind(seen[-size:], 0, len(seen) - 1) + size
                 size += 1
             if place >= 0:
-                logits[0, t, seen[place]] = 14.0
+                logits[0, t - len(row) + last, seen[place]] = 14.0
         return logits
 
 
-@pytest.mark.parametrize("window, rates", [(9999, [1, 1, 1]), (256, [1, 0.5, 0.2])])
-def test_a_copier_finds_what_it_sees_and_cropping_has_that_ceiling(eval_texts, window, rates):
-    """In 4 times 256 tokens, the last 256 hold the needle in 2 of 10 places."""
-    summary = ev.needles(Copier(window), eval_texts, [0.1, 1, 2, 4], 10)
-    assert list(summary) == ["1", "2", "4"]                 # 25 tokens are no prompt
-    assert [point["rate"][0] for point in summary.values()] == rates
-    assert [point["ceiling"] for point in summary.values()] == [1, 0.5, 0.2]
-    assert summary["1"]["gain"][1] > 0.5                    # without the needle it cannot know
+def test_a_copier_finds_what_it_sees_and_cropping_has_that_ceiling(eval_texts):
+    """In 4 times 400 tokens, the last 400 hold the needle in 2 of 10 places."""
+    for window, cropped, rates in ((9999, False, [1, 1, 1]), (9999, True, [1, 0.5, 0.2]),
+                                   (400, False, [1, 0.5, 0.2])):
+        summary = ev.needles(Copier(window), eval_texts, [0.1, 1, 2, 4], cropped, "single", 10)
+        assert list(summary) == ["1", "2", "4"]             # 40 tokens are no prompt
+        assert [point["rate"][0] for point in summary.values()] == rates
+        assert [point["ceiling"] for point in summary.values()] == [1, 0.5, 0.2]
+        assert summary["1"]["gain"][1] > 0.5                # without the needle it cannot know
 
+
+@pytest.mark.parametrize("kind", ["multi-key", "multi-query"])
+def test_who_does_not_read_the_key_guesses(eval_texts, kind):
+    """Distractors look like the needle, so such a model finds no more than one in four of them.
+    One that reads keys finds all."""
+    rates = {blind: ev.needles(Copier(9999, blind), eval_texts, [2], False, kind, 40)["2"]["rate"]
+             for blind in (False, True)}
+    assert rates[False][0] == 1 and rates[True][0] < 0.4
+
+
+# ---- A whole evaluation, and what its table says -------------------------------------------------
+
+def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch, run_here):
+    shard = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
+    write_shard(shard, some_texts(60, longest=2500))
+    enc = write_tokenizer(tmp_path / "tokenizer")
+    folder, dropped = [tmp_path / "base_checkpoints" / tag for tag in ("t", "t_drope_50")]
+    write_checkpoint(folder, random_model())
+    write_checkpoint(dropped, random_model(1, use_rope=False))
+    monkeypatch.setattr(ev, "SCALES", (0.4,))
+    monkeypatch.setattr(ev, "QUICK", SMALL)
+    args = ("t", "t_drope_50", "--quick")
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "needles", lambda *args: signal.raise_signal(signal.SIGINT))
+        status, out = run_here(ev, args, tmp_path)
+    half = json.loads((folder / "eval_quick.json").read_text())
+    assert status == 1 and {arm: list(tests) for arm, tests in half["parts"].items()} == {
+        "as trained": ["text"]}
+    assert "t is not evaluated" in run_here(ev, ("t", "--quick", "--table"), tmp_path)[1]
+    out += run_here(ev, args, tmp_path)[1]
+    assert out.count("  as trained, text: ") == 2           # of both runs: one for a tag
+
+    data, other = [json.loads((f / "eval_quick.json").read_text()) for f in (folder, dropped)]
+    assert list(data["parts"]) == list(ev.ARMS) and list(other["parts"]) == list(ev.ARMS)[:3]
+    tests = ["text", "single", "multi-key", "multi-value", "multi-query"]
+    assert list(data["parts"]["NTK, c fitted"]) == ["fit", *tests]
+    assert list(data["parts"]["as trained"]["single"]) == ["0.5", "1", "2", "4"]
+    assert list(data["parts"]["as trained"]["multi-key"]) == ["1", "2", "4"]    # 128 are too few
+    assert list(data["parts"]["NTK"]["multi-key"]) == ["2", "4"]    # up to 1x all are the same
+    model = M.load_model(dropped)[0]                                # evaluated without RoPE
+    assert data["key"]["use_rope"] and not other["key"]["use_rope"] and not model.use_rope
+    expected = ev.text_bits(model, ev.Texts(shard, "text", enc, SMALL), [1], False)["1"]["bpb"]
+    assert other["parts"]["as trained"]["text"]["1"]["bpb"] == pytest.approx(expected)
+    table = (tmp_path / "eval" / "results_quick.md").read_text()
+    rows = [line.strip("| ").split(" | ")[:3] for line in table.splitlines() if line[:3] == "| t"]
+    both = [[tag, arm, "0.4*" if "fitted" in arm else "0"] for tag, parts in
+            (("t", data["parts"]), ("t_drope_50", other["parts"])) for arm in parts]
+    assert rows == 5 * [["tag", "arm", "c"], *both]
+    assert "4x, multi-key: 0." in table and "4x, text: " in table
+    assert "documents are too few for an interval" in table
+    for name in ("contexts", "drop", "training"):
+        assert (tmp_path / "eval" / f"{name}_quick.png").read_bytes()[:4] == b"\x89PNG"
+
+    with monkeypatch.context() as patch:
+        for name in ("needles", "text_bits", "fit_scale"):
+            patch.setattr(ev, name, lambda *args: pytest.fail("tested again"))
+        assert table in run_here(ev, args, tmp_path)[1]
+    write_checkpoint(folder, random_model(5))               # the same step, other weights
+    _, out = run_here(ev, (*args, "--table"), tmp_path)
+    assert f"{folder / 'eval_quick.json'} belongs to another checkpoint" in out
+    _, out = run_here(ev, args, tmp_path)
+    assert "belongs to another checkpoint" in out
+    assert len(re.findall(r"\n  .*, multi-key: \d+ s", out)) == 7
+    assert ev.folder_of("t_drope_50_long") == dropped       # the base model of a long tag
+
+
+def test_another_validation_file_than_that_of_the_run_is_refused(drope_run, tiny_base, tmp_path,
+                                                                refused):
+    """Also one of the same size; and one that is gone."""
+    shutil.copytree(drope_run, share(tiny_base, tmp_path) / "base_checkpoints" / "drope")
+    (tmp_path / "data").unlink()
+    shutil.copytree(tiny_base / "data", tmp_path / "data")
+    file = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
+    change_meta(tmp_path / "base_checkpoints" / "drope", 20,
+                lambda meta: meta["user_config"].update(data_dir=str(file.parent)))
+    damage(file)
+    for _ in range(2):
+        refused(ev, ["drope", "--quick"], [str(file), "is not the file that the run"], tmp_path)
+        file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("nothing", "no checkpoint in"), ("--table t tt", "tt is not evaluated"),
+    ("cut --table", "eval.json is damaged"), ("empty --table", "eval.json is damaged"),
+    ("t --quick", "with another tokenizer"), ("short --quick", "256 tokens")])
+def test_eval_refuses_and_keeps_what_is_there(tmp_path, refused, words, says):
+    write_tokenizer(tmp_path / "tokenizer", [b"th"] if words == "t --quick" else [])
+    write_shard(tmp_path / "data" / "climbmix" / "shard_06542.parquet", ["short"] * 40)
+    base = tmp_path / "base_checkpoints"
+    for tag in ("t", "short", "cut", "empty"):
+        write_checkpoint(base / tag, random_model())
+    results = M.Results(base / "t" / "eval.json", dict(sha256=M.weights_hash(base / "t", 10)))
+    for arm in ("as trained", "cropped"):
+        results.part([arm, "text"], dict)
+    (base / "cut" / "eval.json").write_text('{"key": {"step"')
+    (base / "empty" / "eval.json").write_text('{"parts": []}')
+    M.atomic_write(tmp_path / "eval" / "results.md", "good")
+    refused(ev, words.split(), [says], base=tmp_path)
+    assert [path.read_text() for path in (tmp_path / "eval").iterdir()] == ["good"]
+
+
+def of_40(found, use_rope, bits, arm="c fitted", texts="same"):
+    """A base model that found so many of 40 needles at 4x; cropped, it found 8."""
+    def summaries(found, bits):
+        rates = {"rate": M.wilson(found, 40), "found": [float(i < found) for i in range(40)]}
+        bits = [bits + i % 2 for i in range(12)]
+        text = {"n": 12, "bpb": ev.bootstrap(bits, [4] * 12), "bits": bits, "bytes": [4] * 12}
+        return {"multi-key": {"4": rates}, "text": {"4": text}}
+    parts = {"as trained": {}, "cropped": summaries(8, 6), arm: summaries(found, bits)}
+    return {"key": dict(use_rope=use_rope, texts=texts, n_train=256, sizes=""), "parts": parts}
+
+
+def test_the_conclusion_compares_the_best_arm_with_the_best_control():
+    """Controls: cropping and what has RoPE. Models tested on other texts are not compared."""
+    mine, other = of_40(30, False, 5), of_40(39, True, 1, "NTK", texts="other")
+    for ntk, bits, needles, text in (
+            (15, 7, "0.750 (a, c fitted), best control 0.375 (b, NTK); different at the 5% level "
+             "(McNemar's test, p = 6.1e-05)", "1.375 (a, c fitted), best control 1.625 (a, cropped)"
+             "; different at the 5% level (paired interval of the difference: -0.250 [-0.250, "),
+            (28, 5, "0.750 (a, c fitted), best control 0.700 (b, NTK); no difference", "1.375 (a, "
+             "c fitted), best control 1.375 (b, NTK); no difference at the 5% level"),
+            (5, 4, "best control 0.200 (a, cropped); different", "best control 1.125 (b, NTK); "
+             "different")):
+        lines = ev.conclude({"a": mine, "b": of_40(ntk, True, bits, "NTK"), "c": other}, "4")
+        assert len(lines) == 2 and needles in lines[0] and text in lines[1], lines
+    lines = ev.conclude({"b": of_40(15, True, 7, "NTK")}, "4")      # RoPE alone: against cropping
+    assert lines[0].startswith("4x, multi-key: 0.375 (b, NTK), best control 0.200 (b, cropped)")
+
+
+def test_up_to_1x_an_arm_is_the_model_as_trained_and_c_0_is_no_other_arm():
+    parts = {"as trained": {"text": {"1": "a", "4": "b"}}, "cropped": {"text": {"4": "x"}},
+             "c fitted": {"fit": {"c": 0.2}, "text": {"4": "c"}}, "NTK": {"text": {"4": "d"}},
+             "NTK, c fitted": {"fit": {"c": 0}}, "NTK by parts": {}}
+    assert {arm: ev.tested({"parts": parts}, arm, "text") for arm in parts} == {
+        "as trained": {"1": "a", "4": "b"}, "cropped": {"1": "a", "4": "x"},
+        "c fitted": {"1": "a", "4": "c"}, "NTK": {"1": "a", "4": "d"},
+        "NTK, c fitted": {"1": "a", "4": "d"}, "NTK by parts": {"1": "a"}}
+
+
+# ==== chat.py: chat models ========================================================================
 
 @pytest.mark.parametrize("call, result", [
     ("2+3*4", "14"), ("(1.5 - 0.5) / 4", "0.25"), ("10/2", "5"), ("-3*2", "-6"), ("7//2", "3"),
     ("7 % 4", "3"), ("0.1+0.2", "0.3"), ("+-+5", "-5"), (" 50*2 ", "100"), ("1+" * 99 + "1", "100"),
     ("'strawberry'.count('r')", "3"), ('"café".count("é")', "1")])
 def test_the_calculator_works_out(call, result):
-    assert ev.calculator(call) == result
+    assert chat_py.calculator(call) == result
 
 
 @pytest.mark.parametrize("call", [
@@ -2410,203 +2730,208 @@ def test_the_calculator_refuses_all_but_arithmetic_and_count(call, monkeypatch):
     def checked(text, names):
         assert re.fullmatch(r"[\d.+\-*/%() ]*", text) and "**" not in text and len(text) <= 200
         return eval(text, names)
-    monkeypatch.setattr(ev, "eval", checked, raising=False)         # no name reaches Python's own
-    assert ev.calculator(call) is None
+    monkeypatch.setattr(chat_py, "eval", checked, raising=False)    # no name reaches Python's own
+    assert chat_py.calculator(call) is None
 
 
-# ---- A whole evaluation, and what its table says -------------------------------------------------
-
-def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch, run_here):
-    shard = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
-    write_shard(shard, some_texts(40, longest=2500))
-    enc = write_tokenizer(tmp_path / "tokenizer")
-    folder, dropped = [tmp_path / "base_checkpoints" / tag for tag in ("t", "t_drope_50")]
-    write_checkpoint(folder, random_model(n_train=128))
-    write_checkpoint(dropped, random_model(1, use_rope=False, n_train=128))
-    monkeypatch.setattr(ev, "SCALES", (0.4,))
-    monkeypatch.setattr(ev, "QUICK", SMALL)
-    args = ("t", "t_drope_50", "--quick")
-    with monkeypatch.context() as patch:
-        patch.setattr(ev, "needles", lambda *args: signal.raise_signal(signal.SIGINT))
-        status, out = run_here(ev, args, tmp_path)
-    half = json.loads((folder / "eval_quick.json").read_text())
-    assert status == 1 and list(half["sections"]) == ["scale", "bpb"]
-    out += run_here(ev, args, tmp_path)[1]
-    assert out.count("  scale: ") == out.count("  needle: ") == 2   # of both runs: one for a tag
-
-    data, other = [json.loads((f / "eval_quick.json").read_text()) for f in (folder, dropped)]
-    arms = ["", " fitted", " ntk", " ntk fitted", " yarn", " yarn fitted"]
-    assert set(data["sections"]) == {"scale", "scale ntk", "scale yarn"} | {
-        kind + arm for kind in ("bpb", "needle") for arm in arms}
-    assert list(data["sections"]["needle"]) == ["1", "2", "4"]      # 64 bytes are no prompt
-    assert list(data["sections"]["needle ntk"]) == ["2", "4"]       # up to 1x all arms are the same
-    assert set(other["sections"]) == {"scale", "bpb", "bpb fitted", "needle", "needle fitted"}
-    model = M.load_model(dropped)[0]                                # evaluated without RoPE
-    assert data["key"]["use_rope"] and not other["key"]["use_rope"] and not model.use_rope
-    expected = ev.text_bits(model, ev.Texts(shard, "text", enc, SMALL), [1])["1"]["bpb"]
-    assert other["sections"]["bpb"]["1"]["bpb"] == pytest.approx(expected)
-    table = (tmp_path / "eval" / "results_quick.md").read_text()
-    rows = [line.strip("| ").split(" | ")[:2] for line in table.splitlines() if line[:3] == "| t"]
-    both = [["tag", "arm"], *(["t", arm.strip() or "as trained"] for arm in arms)]
-    assert rows == 2 * [*both, ["t_drope_50", "as trained"], ["t_drope_50", "fitted"]]
-    for name in ("contexts", "drop", "training"):
-        assert (tmp_path / "eval" / f"{name}_quick.png").read_bytes()[:4] == b"\x89PNG"
-
-    with monkeypatch.context() as patch:
-        for name in ("needles", "text_bits", "fit_scale"):
-            patch.setattr(ev, name, lambda *args: pytest.fail("done again"))
-        assert table in run_here(ev, args, tmp_path)[1]
-    write_checkpoint(folder, random_model(5, n_train=128))          # the same step, other weights
-    _, out = run_here(ev, args, tmp_path)
-    assert "is of another checkpoint" in out and out.count("  needle") == 6
-    points = [(0, 5), (5, 0.9), (5, 1.4), (5, 5 / 6), (10, 5 / 11)]         # two at the switch
-    assert ev.validations(dropped) == (points, 5)
-    assert ev.places("t_drope_50_long")[0] == dropped               # the base model of a long tag
+@pytest.fixture
+def bot(exported, monkeypatch):
+    """A random chat model, as chat.py has it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(exported))
+    return chat_py.Chat("d3_9tpp", M.setup_env(compile=0))
 
 
-def test_another_validation_file_than_that_of_the_run_is_refused(drope_run, tiny_base, tmp_path,
-                                                                refused):
-    """Also one of the same size; and one that is gone."""
-    shutil.copytree(drope_run, share(tiny_base, tmp_path) / "base_checkpoints" / "drope")
-    (tmp_path / "data").unlink()
-    shutil.copytree(tiny_base / "data", tmp_path / "data")
-    file = tmp_path / "data" / "climbmix" / "shard_06542.parquet"
-    change_meta(tmp_path / "base_checkpoints" / "drope", 20,
-                lambda meta: meta["user_config"].update(data_dir=str(file.parent)))
-    damage(file)
-    refused(ev, ["drope", "--quick"], [str(file), "is not the file that the run"], tmp_path)
-    file.unlink()
-    refused(ev, ["drope", "--quick"], [str(file), "is missing"], tmp_path)
+def script_of(monkeypatch, *answers):
+    """Makes a model say these ids, answer after answer, then <|assistant_end|> for ever; the last
+    of the texts it was given are kept in the list that is returned."""
+    seen = []
+
+    def generate(model, texts, n, choose=None, cache=None):
+        said = [list(answer) for answer in answers[len(seen):len(seen) + len(texts)]]
+        seen.extend(list(text) for text in texts)
+        for _ in range(n):
+            ids = [answer.pop(0) if answer else HF_STOP for answer in said]
+            yield ids
+    monkeypatch.setattr(chat_py, "generate", generate)
+    return seen
 
 
-@pytest.mark.parametrize("words, says", [
-    ("nothing", "no checkpoint in"), ("--table t tt", "tt is not evaluated"),
-    ("--chat nothing", "export_hf.py --tag nothing"), ("cut --table", "eval.json is damaged"),
-    ("t --quick", "not trained with the tokenizer"), ("short --quick", "256 tokens")])
-def test_eval_refuses_and_keeps_what_is_there(tmp_path, refused, words, says):
-    write_tokenizer(tmp_path / "tokenizer", [b"th"] if words == "t --quick" else [])
-    write_shard(tmp_path / "data" / "climbmix" / "shard_06542.parquet", ["short"] * 40)
-    for tag in ("t", "short", "cut"):
-        write_checkpoint(tmp_path / "base_checkpoints" / tag, random_model())
-    M.write_results(tmp_path / "base_checkpoints" / "t" / "eval.json", {"use_rope": True},
-                    {"scale": {"c": 0}})
-    (tmp_path / "base_checkpoints" / "cut" / "eval.json").write_text('{"key": {"step"')
-    M.atomic_write(tmp_path / "eval" / "results.md", "good")
-    refused(ev, words.split(), [says], base=tmp_path)
-    assert [path.read_text() for path in (tmp_path / "eval").iterdir()] == ["good"]
+def test_the_python_tool_answers_a_call(bot, enc, monkeypatch):
+    """After <|python_end|> the ids of the result are forced, whatever the model says. What stands
+    outside of answers ends one."""
+    def written(text):
+        script_of(monkeypatch, enc.encode(text, allowed_special="all") + [65] * 40)
+        return enc.decode([ids[0] for ids in bot.answer([[1, 2]], 40)])
+    assert written("x<|python_start|>6*7<|python_end|>").startswith(
+        "x<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>A")
+    assert "<|output_start|>0.75<|output_end|>" in written("<|python_start|>(1+2)/4<|python_end|>")
+    for call in ("<|python_start|>os.x()<|python_end|>", "<|python_end|>6*7<|python_start|>"):
+        assert "output" not in written(call)                # refused, and not finished
+    for name in ("bos", "user_start", "user_end", "assistant_start", "assistant_end"):
+        assert written(f"so<|{name}|>") == "so<|assistant_end|>"
 
 
-def of_40(found, use_rope=False, arm="fitted", texts="same"):
-    """A base model that found so many of 40 needles at 4x; cropping could find 8."""
-    point = {"rate": ev.wilson(found, 40), "ceiling": 0.2, "found": [i < found for i in range(40)]}
-    return {"key": dict(use_rope=use_rope, texts=texts, n_train=256, sizes=""),
-            "arms": {"fitted": {"needle": {"4": point}}, arm: {"needle": {"4": point}}}}
-
-
-@pytest.mark.parametrize("mine, ntk, texts, answer", [
-    (30, 15, "same", "yes / yes, p = 6.1e-05"), (30, 28, "same", "yes / no, p = 0.5"),
-    (10, 0, "same", "no / yes, p = 0.002"), (30, 0, "other", "yes / -")])
-def test_a_model_has_to_beat_cropping_and_ntk_with_fitted_c(mine, ntk, texts, answer):
-    twin = of_40(ntk, use_rope=True, arm="ntk fitted", texts=texts)
-    assert ev.verdict(of_40(mine), twin, "4") == answer and ev.verdict(twin, None, "4") == "-"
-
-
-def test_up_to_1x_an_arm_is_the_model_as_trained_and_c_0_is_no_other_arm():
-    sections = {"scale": {"c": 0.2}, "needle": {"1": "a", "4": "b"}, "needle fitted": {"4": "c"},
-                "scale ntk": {"c": 0}, "needle ntk": {"4": "d"}, "scale yarn": {"c": 0.1}}
-    arms = ev.arms_of(sections)
-    assert {name: arm["needle"] for name, arm in arms.items()} == {
-        "": {"1": "a", "4": "b"}, "fitted": {"1": "a", "4": "c"}, "ntk": {"1": "a", "4": "d"},
-        "ntk fitted": {"1": "a", "4": "d"}, "yarn": {}, "yarn fitted": {}}     # yarn: not run yet
-    assert [arm["c"] for arm in arms.values()] == [0, 0.2, 0, 0, 0, 0.1]
-
-
-# ---- Chat models ---------------------------------------------------------------------------------
-
-@pytest.fixture(scope="session")
-def chat_model(exported):
-    """An export as eval.Chat, and the same weights in model.py, as the export has them."""
-    model = M.load_model(exported / "chatsft_checkpoints" / "d3_9tpp")[0].bfloat16().float()
-    return ev.Chat(exported / "hf_sft" / "d3_9tpp", M.setup_env(compile=0)), model
-
-
-def test_answers_are_those_of_the_model_and_of_a_row_alone(chat_model, enc):
-    chat_bot, model = chat_model
-
+def test_answers_are_those_of_the_model_and_of_a_row_alone(bot, enc):
     def prompt(text):
         return sft.render(enc, chat(text))[0] + [enc.encode_single_token("<|assistant_start|>")]
-    examples = chat_bot.ask(LETTERS, 0)["examples"]
-    for example in examples:                                # the likeliest of A, B and C
-        logits = model(torch.tensor([prompt(example["question"])]))[0, -1]
+
+    letters = [(question["content"], "B") for question, _ in LETTERS]
+    records = chat_py.score(bot, letters, 1, 2)["examples"]
+    for record in records:                                  # the most likely of A, B and C
+        logits = bot.model(torch.tensor([prompt(record["question"])]))[0, -1]
         best = max("ABC", key=lambda letter: logits[enc.encode_single_token(letter)])
-        assert example["answer"] == best and example["right"] == (best == "B")
-    assert len(examples) == 3
-    together = chat_bot.ask(NUMBERS, 24)["examples"]
-    alone = [chat_bot.ask([messages], 24)["examples"][0] for messages in NUMBERS]
-    assert sorted(together, key=str) == sorted(alone, key=str)
-    assert {example["expected"] for example in alone} == {"1234"}
+        assert record["answer"] == best and record["right"] == (best == "B")
+    numbers = [(question["content"], "1234") for question, _ in NUMBERS]
+    together = chat_py.score(bot, numbers, 24, 3)["examples"]
+    assert together == chat_py.score(bot, numbers, 24, 1)["examples"] and len(together) == 3
+    text = prompt(numbers[0][0])
+    expected = [ids[0] for ids in M.generate(bot.model, [text], 24)]
+    assert expected[0] < 503 and together[0]["answer"].startswith(enc.decode(expected[:1]))
 
 
-def test_the_tool_is_at_hand_while_a_model_answers(chat_model, enc):
-    calls = ["<|python_start|>6*7<|python_end|>", "<|python_start|>(1+2)/4<|python_end|>",
-             "<|python_start|>os.x()<|python_end|>", "<|python_end|>6*7<|python_start|>"]
-    rows = [enc.encode(call, allowed_special="all") for call in calls]
-    ids = torch.tensor([[0] * (12 - len(row)) + row for row in rows])
-    written = chat_model[0].generate(dict(input_ids=ids, attention_mask=torch.ones_like(ids)), 8)
-    first, second, *others = [enc.decode(row) for row in written]
-    assert first.startswith("<|output_start|>42<|output_end|>") and first.count("42") == 1
-    assert second.startswith("<|output_start|>0.75<|output_end|>")
-    assert not any("output_start" in text for text in others)       # refused, and not finished
+def test_sampling_draws_from_the_most_likely_ids_and_a_seed_repeats_it():
+    logits = torch.randn(5, 99)
+    draws = torch.stack([chat_py.sampler(1.0, 3, seed)(logits) for seed in range(200)], 1)
+    for row, drawn in zip(logits, draws):
+        assert set(drawn.tolist()) == set(row.topk(3).indices.tolist())
+    assert torch.equal(chat_py.sampler(1.0, 50, 7)(logits), chat_py.sampler(1.0, 50, 7)(logits))
+    for cold in (chat_py.sampler(0.0, 50, 1), chat_py.sampler(1e-9, 50, 1)):
+        assert torch.equal(cold(logits), logits.argmax(-1))
 
 
-def test_the_row_of_a_chat_model_in_the_table(own, monkeypatch, run_here):
-    monkeypatch.setattr(ev, "QUICK", SMALL)
-    shutil.rmtree(own / "base_checkpoints")                 # so only the chat model is evaluated
-    run_here(ev, ("d3_9tpp", "--quick"), own)
-    file = own / "chatsft_checkpoints" / "d3_9tpp" / "eval_quick.json"
-    sections = json.loads(file.read_text())["sections"]
-    mmlu, bee = sections["mmlu"], sections["spellingbee"]
-    cells = [ev.cell(mmlu, "rate"), "-", ev.cell(bee, "rate"), ev.cell(bee, "stops")]   # no GSM8K
-    assert f"| d3_9tpp | {' | '.join(cells)} |" in (own / "eval/results_quick.md").read_text()
+def test_a_conversation_stays_well_formed(bot, enc, monkeypatch, capsys):
+    """Whatever ends an answer: itself, its limit, or a reader who has enough, also within a call.
+    The oldest turns are forgotten when there is no room, and a text that never fits is refused."""
+    def ids(text):
+        return enc.encode(text, allowed_special="all")
+
+    def said(n=99, text="hi"):
+        answer = conversation.ask(text)
+        for _ in zip(range(n), answer):
+            pass
+        answer.close()
+        return enc.decode(conversation.turns[-1])
+
+    head = "<|user_start|>hi<|user_end|><|assistant_start|>"
+    script_of(monkeypatch, ids("yes"), ids("yes"), ids("x" * 40), ids("a<|python_start|>1+1"),
+              ids("b<|python_start|>1+1<|python_end|>"), *[ids("ok")] * 9)
+    conversation = chat_py.Conversation(bot, 12, None)
+    assert said() == head + "yes<|assistant_end|>"
+    assert said(1) == head + enc.decode(ids("yes")[:1]) + "<|assistant_end|>"
+    conversation.turns.clear()
+    assert said() == head + enc.decode(ids("x" * 40)[:12]) + "<|assistant_end|>"
+    assert said(4) == head + "a<|assistant_end|>"           # not in the middle of a call
+    assert said(7) == head + "b<|python_start|>1+1<|python_end|><|assistant_end|>"
+    assert len(conversation.turns) == 3 and capsys.readouterr().err == ""
+    while "its first 1 turns are forgotten" not in capsys.readouterr().err:
+        said()
+        assert len(conversation.turns) < 9
+    list(conversation.ask("word " * 40))
+    assert "say it in fewer words" in capsys.readouterr().err
+    text = "<|assistant_end|><|bos|>"                       # no text becomes a control token
+    assert said(text=text).startswith(f"<|user_start|>{text}<|user_end|>")
+    specials = [i for i in conversation.turns[-1] if i >= HF_BOS]
+    assert enc.decode(specials) == "<|user_start|><|user_end|><|assistant_start|><|assistant_end|>"
 
 
-@pytest.mark.parametrize("name, content", [
-    ("hf_sft/d3_9tpp/model.safetensors", b"cut"), ("hf_sft/d3_9tpp/config.json", b"{"),
-    ("hf_sft/d3_9tpp/tokenizer.json", b"{"),
-    ("chatsft_checkpoints/d3_9tpp/questions.jsonl", b'{"source": ')])
-def test_a_damaged_export_is_named(own, refused, name, content):
-    (own / name).write_bytes(content)
-    shutil.rmtree(own / "base_checkpoints")
-    refused(ev, ["d3_9tpp", "--quick"], ["is damaged"], base=own)
+def test_each_answer_is_that_to_the_whole_conversation(bot, enc):
+    """Though only what is new is computed; also after an interruption."""
+    conversation = chat_py.Conversation(bot, 9, M.most_likely)
+    for text, n in (("a", 9), ("b", 2), ("c", 9), ("d", 9)):
+        answer = conversation.ask(text)
+        got = [token for _, token in zip(range(n), answer)]
+        answer.close()
+        turn = conversation.turns[-1]
+        start = turn.index(bot.special("assistant_start")) + 1
+        before = conversation.ids()[:len(conversation.ids()) - len(turn) + start]
+        expected = [ids[0] for ids in bot.answer([before], n)]
+        assert got == expected and turn[start:start + n] in (got, got[:-1] + [HF_STOP])
 
 
-def test_a_conversation_survives_ctrl_c_and_bytes_that_are_no_utf8(exported, monkeypatch, run_here):
-    seen = []                                               # how long the inputs of each answer are
+SLOWLY = """
+import chat, time
+generate = chat.generate
+def slowly(*args):
+    for ids in generate(*args):
+        time.sleep(0.1)
+        yield ids
+chat.generate = slowly
+chat.guard(chat.main)
+"""
 
-    class Says(ev.PythonTool):
-        """Makes the model say 29 tokens, "b ab ab ..." and <|assistant_end|>."""
-        def __init__(self, *args):
-            super().__init__(*args)
-            seen.append([])
 
-        def __call__(self, input_ids, scores):
-            seen[-1].append(input_ids.shape[1])
-            if len(seen) == 1 and len(seen[0]) == 20:       # Ctrl-C in the first answer
-                signal.raise_signal(signal.SIGINT)
-            said = len(seen[-1])
-            scores[:] = -torch.inf
-            scores[0, b"ab "[said % 3] if said < 30 else HF_STOP] = 0.0
-            return scores
+def test_a_conversation_in_a_terminal(exported, tmp_path):
+    """A real one. Ctrl-C interrupts an answer, and at the prompt does nothing; bytes that are not
+    UTF-8 are refused; Ctrl-D quits."""
+    (tmp_path / "slowly.py").write_text(SLOWLY)
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(exported), "TERM": "dumb",
+           "PYTHONPATH": str(HERE)}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, str(tmp_path / "slowly.py"), "d3_9tpp",
+                                   "--temperature", "0"], env)
+    said = b""
 
-    lines = io.BytesIO(b"hello\n\xff\xfe\nhello\nhello\n/clear\nhello\n")
-    monkeypatch.setattr(ev, "PythonTool", Says)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
-    _, out = run_here(ev, ["--chat", "d3_9tpp"], exported)
-    _, stopped, no_text, whole, *_ = out.split("\n> ")
-    assert "not UTF-8" in no_text
-    assert 0 < len(stopped.strip()) < len(whole.strip()) and whole.startswith(stopped.strip())
-    first, second, third, last = [lengths[0] for lengths in seen]
-    assert first == second == last < third / 2              # the third sees the second's answer
+    def expect(words, sent=b""):
+        """Sends that (Ctrl-C again and again) until these words come, returns what came before."""
+        nonlocal said
+        os.write(terminal, sent)
+        start, sent_at = time.time(), time.time()
+        while words not in said:
+            assert time.time() < start + 60, said
+            if select.select([terminal], [], [], 0.2)[0]:
+                said += os.read(terminal, 4096)
+            elif sent == b"\x03" and time.time() > sent_at + 1:     # came before input() was ready
+                os.write(terminal, sent)
+                sent_at = time.time()
+        before, said = said.split(words, 1)
+        return before
+
+    expect(b"\n> ")
+    first = expect(b"\n> ", b"hello\n").split(b"hello\r\n", 1)[1].strip()
+    expect(b"hello\r\n", b"hello\n")
+    while len(said.strip()) < 3:                            # the same answer again, interrupted
+        said += os.read(terminal, 4096)
+    half = expect(b"\n> ", b"\x03").replace(b"^C", b"").strip()
+    assert 3 <= len(half) < len(first)
+    expect(b"not UTF-8", b"\xff\xfe\n")
+    expect(b"> ", b"/clear\n")
+    expect(b"hello\r\n", b"hello\n")
+    assert expect(b"\n> ").strip() == first
+    expect(b"\n> ", b"\x03")                                # at the prompt
+    os.write(terminal, b"\x04")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+
+
+def test_one_answer_for_scripts(exported, run_here, monkeypatch):
+    """To --prompt or to stdin. Without a question, or a model, it says so."""
+    args = ["d3_9tpp", "--temperature", 0, "--max-tokens", 8]
+    _, answer = run_here(chat_py, [*args, "--prompt", "hello"], exported)
+    for text in ("hello\n", " \n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        status, said = run_here(chat_py, args, exported)
+        assert (status, said) == (0, answer) or "nothing to answer" in said and not text.strip()
+    for args, words in ((["no", "--prompt", "x"], "no checkpoint in"), ([], "which model?"),
+                        (["a", "b"], "which model?")):
+        status, said = run_here(chat_py, args, exported)
+        assert status == 1 and words in said.splitlines()[-1], said
+
+
+def test_scores_are_kept_and_shown_in_one_table(own, monkeypatch, run_here):
+    args = ("d3_9tpp", "d3_9tpp_drope_50", "--score", "--max-tokens", 8)
+    _, out = run_here(chat_py, args, own)
+    parts = json.loads((own / "chatsft_checkpoints/d3_9tpp/chat.json").read_text())["parts"]
+    cells = ["{:.3f} [{:.3f}, {:.3f}] of 3".format(*parts[name]["rate"])
+             for name in ("mmlu", "spellingbee")]           # no GSM8K
+    stops = f"{parts['spellingbee']['stops'][0]:.2f}"
+    assert f"| d3_9tpp | {cells[0]} | - | {cells[1]} | {stops} |" in out and out.count("\n|") == 4
+    monkeypatch.setattr(chat_py, "score", lambda *args: pytest.fail("asked again"))
+    assert run_here(chat_py, args, own)[1] == out[out.index("| right"):]
+    questions = own / "chatsft_checkpoints/d3_9tpp/questions.jsonl"
+    questions.write_text("")
+    _, out = run_here(chat_py, args[:1] + args[2:], own)
+    assert "no questions in" in out and "| d3_9tpp | - | - | - | - |" in out
 
 
 @pytest.mark.parametrize("text, number", [
@@ -2614,7 +2939,7 @@ def test_a_conversation_survives_ctrl_c_and_bytes_that_are_no_utf8(exported, mon
     ("a #### 1 b #### 2.5", "2.5"), ("18", None), ("#### x", None)])
 def test_the_final_answer(text, number):
     parts = [{"type": "python", "text": "1"}, {"type": "text", "text": text}]
-    assert ev.final_answer(text) == ev.final_answer(parts) == number
+    assert chat_py.final_answer(text) == chat_py.final_answer(parts) == number
 
 
 # ==== export_hf.py: exports, and publishing them ==================================================
@@ -2696,10 +3021,10 @@ def test_rope_stays_off_from_checkpoint_to_fine_tuning_to_both_exports(sft_run, 
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
         ours.use_rope = True
         assert (theirs(ids).logits - ours(ids)).abs().max() > 1e-3      # it would be noticed
-    base_tag, said, chat_tag, chat_said = run_here(ev, ["--status"], base)[1].splitlines()
+    base_tag, said, chat_tag, chat_said = run_here(pretrain, ["--status"], base)[1].splitlines()[:4]
     assert base_tag.endswith("base_checkpoints/drope, exported")
     assert re.sub(r"\d\.\d{3}\b", "X", said.strip()) == (
-        "finished at step 20, bits per byte X -> X, RoPE dropped at 10: X with it, X without")
+        "finished at step 20, val bpb X, RoPE dropped at step 10 (val bpb X with it, X without)")
     assert chat_tag.endswith("/drope_long, exported")
     assert re.fullmatch(r" +finished at step \d+, .*, RoPE off", chat_said)
 
@@ -2907,8 +3232,14 @@ def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
     assert "--pull me/nanochat-d3-9tpp\n" in base and "on in all layers" in base
     assert "tulu" not in base and "base_model" not in base and "fitted" not in long + base
     evaluation = own / "base_checkpoints" / "d3_9tpp" / "eval.json"
-    M.write_results(evaluation, {}, {"scale": {"c": 0.4}})
-    assert "evaluation of this model fitted 0.4" in card("hf-base", "d3_9tpp")
+    for sha256 in (M.weights_hash(evaluation.parent, 10), "of another checkpoint"):
+        results = M.Results(evaluation, dict(sha256=sha256))
+        results.part(["c fitted", "fit"], lambda: {"c": 0.4})
+        if sha256 == "of another checkpoint":
+            with pytest.raises(SystemExit, match="belongs to another checkpoint"):
+                card("hf-base", "d3_9tpp")
+        else:
+            assert "evaluation of this model fitted 0.4" in card("hf-base", "d3_9tpp")
 
 
 # ==== modeling_nanochat.py: the model for transformers, equal to model.py's =======================
@@ -3270,27 +3601,24 @@ def test_a_bad_meta_file_is_one_line_in_every_script(tiny_base, tmp_path, run_he
             module, said)
     assert {k: v for k, v in contents(folder).items() if k != ".lock"} == before
     assert not (base / "hf_base").exists()
-    _, said = run_here(ev, ["--status"], base)
+    _, said = run_here(pretrain, ["--status"], base)
     assert str(folder) in said
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.json", "questions.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.json", "questions.jsonl", "chat.json"])
 @pytest.mark.parametrize("content", [
-    *BAD_JSON, b'{"sections": null}', b'{"key": [], "sections": {"scale": 1}, "sha256": ""}',
+    *BAD_JSON, b'{"parts": null}', b'{"key": [], "parts": {"text": 1}, "sha256": ""}',
     b'{"step": null, "val_bpb": 1}', b'{"step": 1, "val_bpb": "low"}', b'{"step": 1, "switch": 3}',
     b'{"source": "mmlu", "messages": []}', b'{"source": "mmlu", "messages": [1, 2]}', "folder"])
-def test_a_bad_record_is_one_line_or_no_matter(own, monkeypatch, run_here, name, content):
+def test_a_bad_record_is_one_line_or_no_matter(own, run_here, name, content):
     """The scripts that read it either end with a line that names the file, or do without it."""
-    monkeypatch.setattr(ev, "QUICK", SMALL)
-    stage = "chatsft_checkpoints" if name == "questions.jsonl" else "base_checkpoints"
+    stage = "base_checkpoints" if name in ("metrics.jsonl", "eval.json") else "chatsft_checkpoints"
     path = own / stage / "d3_9tpp" / name
     path.unlink(missing_ok=True)
     path.mkdir() if content == "folder" else path.write_bytes(content)
-    readers = [(ev, ["--status"]), (ev, ["--table", "d3_9tpp"]),
+    readers = [(pretrain, ["--status"]), (ev, ["--table", "d3_9tpp"]),
+               (chat_py, ["d3_9tpp", "--score", "--max-tokens", 4]),
                (export_hf, ["--tag", "d3_9tpp", "--push", "me", "--dry-run"])]
-    if stage == "chatsft_checkpoints":
-        shutil.rmtree(own / "base_checkpoints")             # so only the chat model is evaluated
-        readers = [(ev, ["--status"]), (ev, ["d3_9tpp", "--quick"])]
     for module, args in readers:
         status, said = run_here(module, args, own)
         assert "Traceback" not in said and (status == 0 or str(path) in said or
@@ -3330,6 +3658,8 @@ def test_a_bad_record_is_one_line_or_no_matter(own, monkeypatch, run_here, name,
     ("sft --tag x --check --words BAD", "BAD: a word list has words of the letters a-z"),
     ("sft --tag x --check --conversations .", "no file|--conversations X.jsonl takes X.jsonl"),
     ("eval", "which tag"), ("eval --quick t --sead 1", "unrecognized"),
+    ("chat", "which model"), ("chat t --top-k 0", "--top-k 0"), ("chat a b", "which model"),
+    ("pretrain --init no --tag x", "--init no: no model in"),
     ("export_hf", "--tag"), ("sft --total-batch-size 0", "--total-batch-size"),
     ("export_hf --tag ../d3", "--tag"), ("export_hf --tag d4_9tpp", "d4_9tpp|run_all.sh"),
     ("export_hf --tag x --stage rl", "base, sft or all"), ("export_hf --pull x", "USER/nanochat-d"),
@@ -3449,7 +3779,8 @@ def test_the_plans_of_the_release_and_of_the_tiny_run(clone):
     result = driver(folder, "--dry-run")
     ran = [line.split()[3] for line in result.stdout.splitlines() if line.startswith("+ ")]
     assert result.returncode == 0 and ran == [
-        "demo.py", "tok.py", "pretrain.py", "sft.py", "export_hf.py", "eval.py", "eval.py"]
+        "demo.py", "tok.py", "pretrain.py", "sft.py", "export_hf.py", "eval.py", "chat.py",
+        "pretrain.py"]
     assert not (folder / "out").exists()
 
 
@@ -3484,18 +3815,21 @@ def test_the_stages_of_a_release(clone):
     assert result.returncode == 0, result.stderr
     assert calls(folder) == [
         "python tok.py --check", "python sft.py --tag d2_1tpp --check",
-        "python eval.py --quick d2_1tpp --check",
+        "python eval.py --quick d2_1tpp --check", "python chat.py d2_1tpp --check",
         "python pretrain.py --tag d2_1tpp --plan d2_1tpp d2_1tpp_drope_50_long",
         "python pretrain.py --fetch 8", "python tok.py",
         "python pretrain.py --tag d2_1tpp", "python sft.py --tag d2_1tpp",
         "python export_hf.py --tag d2_1tpp", "python eval.py --quick d2_1tpp",
+        "python chat.py --score d2_1tpp",
         "python pretrain.py --tag d2_1tpp_drope_50", "python sft.py --tag d2_1tpp_drope_50_long",
         "python export_hf.py --tag d2_1tpp_drope_50_long",
         "python eval.py --quick d2_1tpp_drope_50_long",
-        "python eval.py --quick --table d2_1tpp d2_1tpp_drope_50_long"]
+        "python chat.py --score d2_1tpp_drope_50_long",
+        "python eval.py --quick --table d2_1tpp d2_1tpp_drope_50_long",
+        "python chat.py --score d2_1tpp d2_1tpp_drope_50_long"]
     local = "--dataset local --data-dir my\\ shards --text-column=content"
     driver(folder, "d2 1", PRETRAIN=local, SFT="--words 'my words'")
-    ran, local = calls(folder)[4:], local.replace("\\", "")
+    ran, local = calls(folder)[5:], local.replace("\\", "")
     assert ran[:4] == [f"python pretrain.py {local} --fetch 8",
                        "python tok.py --data-dir my shards --text-column=content",
                        f"python pretrain.py {local} --tag d2_1tpp",
@@ -3584,7 +3918,7 @@ def test_a_signal_reaches_the_machines_of_a_slurm_job(clone):
 
 # ==== README.md and the rules of this repository ==================================================
 
-SCRIPTS = ("model", "muon", "tok", "demo", "pretrain", "sft", "eval", "export_hf",
+SCRIPTS = ("model", "muon", "tok", "demo", "pretrain", "sft", "chat", "eval", "export_hf",
            "modeling_nanochat")
 COPYABLE = ("model", "muon", "tok", "modeling_nanochat")
 README = (HERE / "README.md").read_text()

@@ -1,0 +1,319 @@
+"""Talk to a fine-tuned model, or score it on questions whose answers are known.
+
+    python chat.py d18_9tpp_drope_50                    # a conversation in the terminal
+    python chat.py d18_9tpp_drope_50 --prompt "Hi!"     # one answer (without --prompt: to stdin)
+    python chat.py d18_9tpp d18_9tpp_drope_50 --score   # MMLU, GSM8K, SpellingBee: a table
+
+In a conversation Ctrl-C interrupts an answer, /clear starts over, Ctrl-D quits. Reads
+chatsft_checkpoints/TAG and the tokenizer. Scoring asks the held-out questions that sft.py has left
+there, writes chat.json beside them, and takes about 10 minutes a model on an H100 (estimated).
+
+The model can use Python as a calculator: it writes a call, and this program writes the result, as
+in the conversations of sft.py. Left out: few-shot prompts, beam search, speculative decoding.
+"""
+import codecs, random, re, sys, warnings
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+
+from model import (KVCache, Results, base_dir, checkpoint_steps, encode, file_hash, generate, guard,
+                   load_model, most_likely, one_line, parse_config, read_lines, setup_env,
+                   tokenizer_of, weights_hash, wilson)
+
+
+@dataclass
+class Config:
+    tags: tuple = ()  # the models, such as d18_9tpp_drope_50; several with --score
+    prompt: str = ""  # print one answer to this, and stop
+    temperature: float = 0.6  # 0: always the most likely token
+    top_k: int = 50  # sample from so many of the most likely tokens, > 0
+    seed: int = 42  # of the sampling, 0 to 4294967295
+    max_tokens: int = 512  # of an answer, > 0
+    score: bool = False  # ask the models the held-out questions
+    questions: int = 100_000  # to ask of each kind, at most, > 0
+    check: bool = False  # only check the options
+
+
+# ---- The python tool -----------------------------------------------------------------------------
+
+def calculator(call):
+    """The python tool: the result of arithmetic or of 'word'.count('x') as text, None for all else.
+    A model wrote the call, so only digits, + - * / % ( ) and no power reach Python's eval, and
+    200 characters at most."""
+    call = call.strip()
+    count = re.fullmatch(r"""(["'])(\w*)\1\.count\((["'])(\w)\3\)""", call)
+    if count:
+        return str(count[2].count(count[4]))
+    if not re.fullmatch(r"[0-9.+\-*/%() ]{1,200}", call) or "**" in call:
+        return None
+    try:
+        with warnings.catch_warnings():                     # Python has opinions on "1(2)"
+            warnings.simplefilter("ignore")
+            value = eval(call, {"__builtins__": {}})
+        if abs(value) < 1e15:                               # neither infinite nor nan
+            return str(int(value)) if value == int(value) else str(round(value, 10))
+    except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        pass
+    return None
+
+
+# ---- A model and its chat format -----------------------------------------------------------------
+
+class Chat:
+    """A fine-tuned model, its tokenizer, and what one writes to the other."""
+
+    def __init__(self, tag, env):
+        found = [base for base in (base_dir(), base_dir() / "tiny")
+                 if checkpoint_steps(base / "chatsft_checkpoints" / tag)]
+        base = found[0] if found else base_dir()
+        self.folder = base / "chatsft_checkpoints" / tag
+        self.model, meta = load_model(self.folder, env.device, env.dtype)
+        self.enc, self.step = tokenizer_of(meta, base), meta["step"]
+
+    def special(self, name):
+        """The id of a control token, <|name|>. No text is ever encoded to it."""
+        return self.enc.encode_single_token(f"<|{name}|>")
+
+    def question(self, text):
+        """The ids of a user's turn, up to where the answer begins."""
+        return [self.special("user_start"), *encode(self.enc, [text])[0], self.special("user_end"),
+                self.special("assistant_start")]
+
+    def answer(self, texts, n, choose=most_likely, cache=None):
+        """generate(), for texts that end where an answer begins: yields the next id of each, until
+        all answers have ended. A call to Python is followed by its result."""
+        call_start, call_end = self.special("python_start"), self.special("python_end")
+        outside = [self.special(name) for name in ("bos", "user_start", "user_end",
+                                                   "assistant_start", "assistant_end")]
+        rows, forced = [[] for _ in texts], [[] for _ in texts]
+        ended = [False] * len(texts)
+        for ids in generate(self.model, texts, n, choose, cache):
+            for b, row in enumerate(rows):
+                if forced[b]:                               # what Python has said
+                    ids[b] = forced[b].pop(0)
+                elif ids[b] in outside:                     # stands in no answer, or ends it
+                    ids[b], ended[b] = self.special("assistant_end"), True
+                elif ids[b] == call_end and call_start in row:
+                    start = len(row) - row[::-1].index(call_start)
+                    result = calculator(self.enc.decode(row[start:]))
+                    if result is not None:
+                        forced[b] = [self.special("output_start"), *encode(self.enc, [result])[0],
+                                     self.special("output_end")]
+                row.append(ids[b])
+            yield ids
+            if all(ended):
+                return
+
+
+def sampler(temperature, top_k, seed):
+    """A function from logits (B, V) to ids (B,), each drawn from its row's top_k most likely."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits):
+        top, ids = logits.cpu().topk(min(top_k, logits.size(-1)))           # (B, k), sorted
+        probs = F.softmax((top - top[:, :1]) / temperature, dim=-1)
+        return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+    return choose if temperature else most_likely
+
+
+# ---- Talking -------------------------------------------------------------------------------------
+
+class Conversation:
+    """Question and answer in turn, as ids, with the cache of what the model has read of them."""
+
+    def __init__(self, chat, max_tokens, choose):
+        self.chat, self.choose, self.turns = chat, choose, []
+        self.limit = chat.model.config.sequence_len         # longer ones it has not been trained on
+        self.room = min(max_tokens, self.limit // 2)        # for an answer
+        self.cache = KVCache(chat.model, 1, self.limit)
+
+    def ids(self):
+        return [self.chat.special("bos")] + sum(self.turns, [])
+
+    def ask(self, text):
+        """Yields the answer's ids, as they are made. Whether it ends by itself, at its limit, or
+        where nobody wants to hear more, the conversation stays well formed."""
+        turn = self.chat.question(text)
+        if 1 + len(turn) + self.room > self.limit:
+            print(f"that has {len(turn)} tokens, and the model takes {self.limit - self.room - 1} "
+                  "and an answer: say it in fewer words", file=sys.stderr)
+            return
+        self.turns.append(turn)
+        dropped = 0
+        while len(self.ids()) + self.room > self.limit:
+            dropped += 1
+            del self.turns[0]
+        if dropped:
+            self.cache.lengths.zero_()                      # all that is left moves
+            print(f"(the conversation is too long: its first {dropped} turns are forgotten)",
+                  file=sys.stderr)
+        try:
+            for [token] in self.chat.answer([self.ids()], self.room, self.choose, self.cache):
+                turn.append(token)
+                yield token
+        finally:
+            self.close(turn)
+
+    def close(self, turn):
+        """Ends an answer that was cut short, without a call or output that it had only begun."""
+        for start, end in (("python_start", "python_end"), ("output_start", "output_end")):
+            start, end = self.chat.special(start), self.chat.special(end)
+            if turn.count(start) > turn.count(end):
+                del turn[len(turn) - 1 - turn[::-1].index(start):]
+        if turn[-1] != self.chat.special("assistant_end"):
+            turn.append(self.chat.special("assistant_end"))
+        self.cache.lengths.clamp_(max=len(self.ids()) - 1)  # what was cut is not read either
+
+
+def show(chat, tokens):
+    """Prints an answer while it is being made, a call to Python as <<12*3=36>>."""
+    shown = {"python_start": "<<", "python_end": "=", "output_end": ">>"}
+    shown = {chat.special(name): text for name, text in shown.items()}
+    characters = codecs.getincrementaldecoder("utf-8")("replace")       # of one or more tokens each
+    specials = chat.enc._special_tokens.values()
+    with closing(tokens):                                   # at Ctrl-C, too
+        for token in tokens:
+            text = shown.get(token, "")
+            if token not in specials:
+                text = characters.decode(chat.enc.decode_single_token_bytes(token))
+            print(text, end="", flush=True)
+    print(characters.decode(b"", final=True))
+
+
+def talk(chat, conversation):
+    with suppress(ImportError):                             # it gives input() arrow keys
+        import_module("readline")
+    sys.stdin.reconfigure(errors="replace")
+    print(f"{chat.folder}. Ctrl-C interrupts an answer, /clear starts over, Ctrl-D quits.")
+    while True:
+        try:
+            text = input("> ").strip()
+            if text == "/clear":
+                conversation.turns.clear()
+                conversation.cache.lengths.zero_()
+            elif "\ufffd" in text:
+                print("that is not UTF-8: say it again")
+            elif text:
+                show(chat, conversation.ask(text))
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print()
+
+
+# ---- Scoring -------------------------------------------------------------------------------------
+
+def final_answer(content):
+    """The number after the last #### of an answer (text, or a list of parts), without commas; a
+    single letter as it is; else None."""
+    text = content if isinstance(content, str) else content[-1]["text"]
+    found = re.findall(r"#### *(-?[\d.,]*\d)|^([A-H])$", text)
+    return "".join(found[-1]).replace(",", "") if found else None
+
+
+def letters_only(chat, questions):
+    """For generate(): the most likely of the letters that each question offers."""
+    offered = [re.findall(r"=([A-H])$", question, re.M) for question in questions]
+    offered = [[chat.enc.encode_single_token(letter) for letter in some] for some in offered]
+
+    def choose(logits):
+        best = [some[row[some].argmax()] for some, row in zip(offered, logits.cpu())]
+        return torch.tensor(best)
+
+    return choose
+
+
+def score(chat, examples, n, at_once):
+    """Asks questions whose answers are known, greedily, those of like length together. examples:
+    [(question, answer), ...]; n: tokens of an answer at most, 1 to choose a letter."""
+    examples, given = sorted(examples, key=lambda pair: len(pair[0])), []
+    for i in range(0, len(examples), at_once):
+        questions = [question for question, _ in examples[i:i + at_once]]
+        texts = [[chat.special("bos"), *chat.question(question)] for question in questions]
+        choose = letters_only(chat, questions) if n == 1 else most_likely
+        given += zip(*chat.answer(texts, n, choose))        # the ids of each answer
+    end, records = chat.special("assistant_end"), []
+    for (question, expected), ids in zip(examples, given):
+        stops = end in ids
+        answer = chat.enc.decode(ids[:ids.index(end)] if stops else ids)
+        records.append(dict(question=question, expected=expected, answer=answer, stops=stops,
+                            right=final_answer(answer) == expected))
+    count = len(records)
+    return dict(n=count, rate=wilson(sum(record["right"] for record in records), count),
+                stops=wilson(sum(record["stops"] for record in records), count), examples=records)
+
+
+def read_questions(path):
+    """{kind: [(question, right answer), ...]} of the questions.jsonl that sft.py has written."""
+    records, kinds = read_lines(path, {"source": str, "messages": list}), {}
+    try:
+        for record in records:
+            question, answer = record["messages"]
+            right = final_answer(answer["content"])
+            if right is None or not isinstance(question["content"], str):
+                raise ValueError("a question without text, or an answer without a result")
+            kinds.setdefault(record["source"], []).append((question["content"], right))
+    except (ValueError, LookupError, TypeError) as e:
+        sys.exit(f"{path} is damaged ({one_line(e)}): sft.py writes it")
+    return kinds
+
+
+KINDS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "spellingbee": "SpellingBee"}
+
+
+def score_tag(tag, config, env):
+    """Scores a model, unless chat.json has its scores already. Returns a row of the table."""
+    chat = Chat(tag, env)
+    path = chat.folder / "questions.jsonl"
+    kinds = read_questions(path)
+    if not kinds:
+        print(f"no questions in {path}: sft.py writes those of its held-out sources",
+              file=sys.stderr)
+    key = dict(sha256=weights_hash(chat.folder, chat.step), max_tokens=config.max_tokens,
+               questions=config.questions, file=file_hash(path) if kinds else "")
+    results, cells = Results(chat.folder / "chat.json", key), [tag]
+    at_once = 64 if env.device.type == "cuda" else 16
+    for kind in KINDS:
+        if kind in kinds:
+            some = kinds[kind]
+            some = random.Random(42).sample(some, min(len(some), config.questions))
+            n = 1 if kind == "mmlu" else config.max_tokens
+            found = results.part([kind], score, chat, some, n, at_once)
+            cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*found["rate"]) + f" of {found['n']}")
+        else:
+            cells.append("-")
+    bee = results.parts.get("spellingbee")
+    return [*cells, f"{bee['stops'][0]:.2f}" if bee else "-"]
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    if not config.tags or len(config.tags) > 1 and not config.score:
+        sys.exit("which model? `python chat.py d18_9tpp_drope_50`, for example (with --score also "
+                 "several)")
+    if config.check:
+        return
+    env = setup_env(compile=0)
+    if config.score:
+        rows = [score_tag(tag, config, env) for tag in config.tags]
+        head = ["right answers [95% interval]", *KINDS.values(), "SpellingBee stops by itself"]
+        for line in [head, ["---"] * len(head), *rows]:
+            print(f"| {' | '.join(line)} |")
+        return
+    chat = Chat(config.tags[0], env)
+    choose = sampler(config.temperature, config.top_k, config.seed)
+    conversation = Conversation(chat, config.max_tokens, choose)
+    if not config.prompt and sys.stdin.isatty():
+        return talk(chat, conversation)
+    prompt = config.prompt or sys.stdin.read().strip()
+    if not prompt:
+        sys.exit("nothing to answer: give --prompt TEXT, or text on stdin")
+    show(chat, conversation.ask(prompt))
+
+
+if __name__ == "__main__":
+    guard(main)
