@@ -1,6 +1,6 @@
 """Does dropping RoPE help beyond the training length? A toy answers on a laptop, without a network.
 
-    python demo.py                          # four models side by side, 6 minutes on 2 quiet cores
+    python demo.py                          # four models side by side, 7 minutes on 2 cores
     python demo.py --seeds 3                # each three times, from other random numbers
     python demo.py --corpus                 # only the text that the tiny run trains on: seconds
 

@@ -3,15 +3,14 @@
     python eval.py d18_9tpp d18_9tpp_drope_50       # --quick: less of everything, for CPUs
     python eval.py --table d18_9tpp d20_9tpp        # only table and figures of what is evaluated
 
-Tests base_checkpoints/TAG in contexts of 1/2 to 8 training lengths, with needles, which are numbers
-hidden in a text (four kinds, as in RULER, arXiv:2404.06654), and by the bits per byte of the same
-tokens. Each model as trained; cropped to its training length, as a user of a model with RoPE would
-do; with sharper attention (model.logn_scale, fitted to other documents); and if it has RoPE, with
-two ways to scale that which need no training.
+Tests base_checkpoints/TAG in contexts of 1/2 to 8 training lengths: with needles, which are numbers
+hidden in text (four kinds, as in RULER, arXiv:2404.06654), and by bits per byte. Each model is
+tested as trained; cropped to the training length, which is what a user of a RoPE model would do;
+with sharper attention (model.logn_scale); and, if it has RoPE, with RoPE scaled in two ways.
 
-Writes eval.json beside the checkpoint, a table and figures into the folder eval. Interrupted, it
-resumes with the same command. About 20 minutes a tag on an H100 (estimated). Left out: chat models
-(see chat.py), and short tasks, for which lm-evaluation-harness takes the exports.
+Writes eval.json beside the checkpoint; the table and figures go to the folder eval. The same
+command resumes an interrupted evaluation. About 20 minutes a tag on an H100 (estimated). Left out:
+chat models (see chat.py) and short tasks (lm-evaluation-harness takes the exports).
 """
 import math, random, re, sys
 from dataclasses import dataclass
@@ -51,8 +50,8 @@ SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)        # values of c that are tried
 # ---- Statistics ----------------------------------------------------------------------------------
 
 def mcnemar(a, b):
-    """Exact two-sided p of "a and b succeed equally often", outcomes on the same prompts. Only
-    prompts on which they differ tell anything: under the hypothesis each is the toss of a coin."""
+    """Exact two-sided p of "a and b succeed equally often", from outcomes on the same prompts. Only
+    prompts on which they differ count: under the null hypothesis each is a fair coin flip."""
     only_a = sum(x > y for x, y in zip(a, b))
     only_b = sum(y > x for x, y in zip(a, b))
     n = only_a + only_b
@@ -60,9 +59,8 @@ def mcnemar(a, b):
 
 
 def bootstrap(x, size):
-    """[sum(x) / sum(size), low, high]: 95% interval by resampling the examples 2,000 times; without
-    one if they are fewer than 10. Where x are differences of two measurements of one example, the
-    interval is paired."""
+    """[sum(x) / sum(size), low, high]: a 95% interval by resampling the examples 2,000 times; fewer
+    than 10 get none. If x are differences of two measurements of an example, it is paired."""
     x, size = np.array(x), np.array(size)
     if len(x) < 10:
         return [x.sum() / size.sum()]
@@ -76,7 +74,7 @@ def bootstrap(x, size):
 # max(1, 1 + c ln(n / n_train)), where n_train is the training length. Up to n_train all arms are
 # the same.
 
-ARMS = {            # name: (how RoPE is scaled; where c is fitted, the arm without c, else None)
+ARMS = {                            # name: (RoPE scaling, the arm without c if c is fitted)
     "as trained": ("", None), "cropped": ("", None), "c fitted": ("", "as trained"),
     "NTK": ("ntk", None), "NTK, c fitted": ("ntk", "NTK"),
     "NTK by parts": ("by parts", None), "NTK by parts, c fitted": ("by parts", "NTK by parts")}
@@ -86,10 +84,10 @@ def scaled_tables(T, head_dim, device, n_train, scaling):
     """The model's rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"): a
     larger theta; the slowest rotation takes s times as many tokens, the fastest stays. by parts:
     frequencies with less than 1 rotation in n_train tokens are divided by s, those with more than
-    32 stay, between them is a ramp. YaRN (arXiv:2309.00071) is by parts and a temperature, for
-    which c stands here."""
+    32 stay, with a ramp between. YaRN (arXiv:2309.00071) is "by parts" with a temperature; here c
+    plays that role."""
     s = T / n_train
-    if s <= 1:
+    if s <= 1 or not scaling:
         return rotary_tables(T, head_dim, device)
     if scaling == "ntk":
         return rotary_tables(T, head_dim, device, ROPE_THETA * s ** (head_dim / (head_dim - 2)))
@@ -101,16 +99,14 @@ def scaled_tables(T, head_dim, device, n_train, scaling):
 
 def set_arm(model, scaling, c):
     """model.forward reads both attributes."""
-    model.logn_scale, model.rotary_tables = c, rotary_tables
-    if scaling:
-        n_train = model.config.sequence_len
-        model.rotary_tables = partial(scaled_tables, n_train=n_train, scaling=scaling)
+    n_train, model.logn_scale = model.config.sequence_len, c
+    model.rotary_tables = partial(scaled_tables, n_train=n_train, scaling=scaling)
 
 
 class Texts:
-    """The validation shard as tokens. Of its 150 longest documents, every third is kept apart, to
-    fit c on, the others are tested on, the longest first; of both no more than sizes.documents
-    says. The text of all other documents, mixed, is the haystack."""
+    """The validation shard as tokens. Some of its 150 longest documents are kept for fitting c, the
+    others are tested on; sizes.documents limits both. All other documents, mixed, are the
+    haystack."""
 
     def __init__(self, path, column, enc, sizes):
         import pyarrow as pa
@@ -118,7 +114,7 @@ class Texts:
             with text_column(path, column) as shard:
                 texts = shard.read([column])[column].to_pylist()
         except (pa.ArrowException, OSError, ValueError) as e:
-            sys.exit(f"{path} cannot be read ({one_line(e)}): put a whole one there")
+            sys.exit(f"cannot read {path} ({one_line(e)}): replace it with an intact copy")
         texts = sorted((text or "" for text in texts), key=len, reverse=True)
         self.enc, self.nbytes = enc, token_bytes(enc).numpy()
         self.bos = enc.encode_single_token("<|bos|>")
@@ -142,8 +138,8 @@ def token_nats(model, ids):
 
 def text_bits(model, texts, contexts, cropped):
     """{context: bits per byte of the last 512 tokens (n_train / 8, if that is less) of documents
-    as long as the context}, with the bits and bytes of each document. The longest come first in
-    every context, so that two arms are compared on the same ones."""
+    as long as the context}, with the bits and bytes of each document. All arms are tested on the
+    same documents, so their differences are paired."""
     n_train, found = model.config.sequence_len, {}
     tail = min(512, n_train // 8)
     for m in contexts:
@@ -178,9 +174,9 @@ def fit_scale(model, texts, contexts, scaling):
 
 KINDS = {                   # keys in the text, values of each key, keys that are asked for
     "single": (1, 1, 1),        # no need to read the key: there is only one number
-    "multi-key": (4, 1, 1),     # the key decides between four; guessing among them finds 1/4
-    "multi-value": (1, 4, 1),   # four numbers of one key, to be told in the order of the text
-    "multi-query": (4, 1, 4),   # four keys, asked for in another order than that of the text
+    "multi-key": (4, 1, 1),     # the key decides between four numbers
+    "multi-value": (1, 4, 1),   # four numbers of one key, in the order of the text
+    "multi-query": (4, 1, 4),   # four keys with a number each, in any order
 }
 CITIES = "Berlin Boston Cairo Chicago Delhi Lima London Madrid Oslo Paris Rome Tokyo".split()
 DIGITS = 4                      # of a number
@@ -188,8 +184,8 @@ DIGITS = 4                      # of a number
 
 class Prompt(NamedTuple):
     ids: list           # L + 1 tokens
-    n_tail: int         # so many of them are the questions and answers
-    answers: list       # slices of the tail: the numbers asked for
+    n_tail: int         # the last n_tail of them are the questions and answers
+    answers: list       # slices of this tail: the numbers asked for
     places: list        # where in ids these numbers stand in the text
 
 
@@ -238,10 +234,9 @@ def make_prompt(texts, L, kind, i, without=False):
 
 
 @torch.no_grad()
-def told(model, prompt, cropped):
-    """For each number asked for: whether all its tokens are the most likely after the right ones
-    before them, and their loss in nats. With one number, greedy decoding would write just that; so
-    nothing has to be generated ("teacher forcing")."""
+def score_answers(model, prompt, cropped):
+    """For each number asked for: is every token the most likely one, given the right ones before
+    it ("teacher forcing", so nothing is generated)? And what is its loss in nats?"""
     ids, n = prompt.ids, prompt.n_tail
     if cropped:
         ids = [ids[0], *ids[1:][-model.config.sequence_len:]]
@@ -256,8 +251,8 @@ def told(model, prompt, cropped):
 def needles(model, texts, contexts, cropped, kind, prompts):
     """{context: the share of the numbers asked for that are right}, "found" in each prompt.
     "ceiling": the share that stands in the last n_train tokens, the most that a cropped context can
-    give. "gain": what an answer costs more without its needle, in nats per digit, of the first 20
-    prompts; it shows what is learnt before any is found."""
+    give. "gain": how much more a number costs when its needle is left out, in nats per digit (first
+    20 prompts); it rises before the first number is found."""
     n_train, summary = model.config.sequence_len, {}
     for m in contexts:
         L = int(m * n_train)
@@ -265,8 +260,8 @@ def needles(model, texts, contexts, cropped, kind, prompts):
         blank = [make_prompt(texts, L, kind, i, without=True) for i in range(min(prompts, 20))]
         if None in made + blank:
             continue
-        right, nats = zip(*(told(model, prompt, cropped) for prompt in made))
-        _, without = zip(*(told(model, prompt, cropped) for prompt in blank))
+        right, nats = zip(*(score_answers(model, prompt, cropped) for prompt in made))
+        _, without = zip(*(score_answers(model, prompt, cropped) for prompt in blank))
         found = [np.mean(values) for values in right]
         gain = [np.mean(a) - np.mean(b) for a, b in zip(without, nats)]
         in_sight = [place > L - n_train for prompt in made for place in prompt.places]
@@ -284,8 +279,8 @@ def folder_of(tag):
 
 
 def validation_shard(meta):
-    """(path, text column) of the very file that the run was validated on. Of the series' own it is
-    downloaded if it is gone."""
+    """(path, text column) of the very file that the run was validated on. A missing ClimbMix shard
+    is downloaded."""
     config, name = meta["user_config"], meta.get("validation_file", "shard_06542.parquet")
     sha256 = meta.get("data", {}).get("validation_sha256")  # other code does not say
     column = config.get("text_column", "text")
@@ -308,8 +303,8 @@ def evaluate(folder, name, sizes, env):
     texts = Texts(shard, column, enc, sizes)
     if not texts.documents or len(texts.documents[0]) < n_train:
         sys.exit(f"{shard} has no document of {n_train} tokens to test on")
-    key = dict(sha256=weights_hash(folder, meta["step"]), use_rope=model.use_rope, n_train=n_train,
-               texts=texts.name, sizes=str(sizes))
+    key = dict(sha256=weights_hash(folder, meta["step"]), use_rope=model.use_rope,
+               conditions=f"{texts.name} {column} {n_train} {sizes} {SCALES}")
     results, beyond = Results(folder / name, key), [m for m in sizes.contexts if m > 1]
     for arm, (scaling, without_c) in ARMS.items():
         if scaling and not model.use_rope:
@@ -329,12 +324,13 @@ def evaluate(folder, name, sizes, env):
 # ---- The table -----------------------------------------------------------------------------------
 
 NOTES = f"""
-1x is the training length; [95% intervals], none from fewer than 10 examples: Wilson for shares,
-else bootstrap. c: attention logits are multiplied by max(1, 1 + c ln(n / n_train)); "c fitted" is
-the best of {SCALES} on other documents, by the same sweep for all; a * marks one at the end of that
-list. Cropped: the last n_train tokens only. Needles are {DIGITS}-digit numbers; the share of those
-asked for that is told right. Gain: what a number costs more without its needle, in nats per digit.
-Bits per byte beyond 1x: the difference from "cropped" on the same documents.
+1x is the training length. [95% intervals]: Wilson for shares, else bootstrap; none from fewer than
+10 examples. c: attention logits are multiplied by max(1, 1 + c ln(n / n_train)); "c fitted" is the
+best of {SCALES} on other documents, with * at the end of that
+list. Cropped: the last n_train tokens only; "at best": the share of the numbers that stand there.
+Needles: the share of the {DIGITS}-digit numbers asked for that is right. Gain: how much more a
+number costs without its needle, in nats per digit. Bits per byte beyond 1x: the difference from
+"cropped" on the same documents. The conclusions compare arms that were chosen on the same prompts.
 """
 
 
@@ -359,27 +355,24 @@ def change(a, b):
     return bootstrap(np.subtract(a["bits"], b["bits"]), a["bytes"])
 
 
-def needle_cells(result, arm, kind, contexts):
-    summaries = tested(result, arm, kind)
-    cells = [cell(summaries[m]["gain"]) if m in summaries else "-" for m in ("1", contexts[-1])]
+def cells(result, arm, test, contexts):
+    """The cells of a row of the table."""
+    summaries, cropped = tested(result, arm, test), tested(result, "cropped", test)
+    row = []
+    if test in KINDS:
+        row = [cell(summaries[m]["gain"]) if m in summaries else "-" for m in ("1", contexts[-1])]
     for m in contexts:
-        cells.append(cell(summaries[m]["rate"]) if m in summaries else "-")
-        if arm == "cropped" and m in summaries and float(m) > 1:
-            cells[-1] += f", at best {summaries[m]['ceiling']:.2f}"
-    return cells
-
-
-def text_cells(result, arm, contexts):
-    summaries, cropped = tested(result, arm, "text"), tested(result, "cropped", "text")
-    cells = []
-    for m in contexts:
-        if m not in summaries:
-            cells.append("-")
-        elif arm == "cropped" or float(m) <= 1:
-            cells.append(f"{cell(summaries[m]['bpb'], '{:.3f}')} n={summaries[m]['n']}")
+        beyond, summary = float(m) > 1, summaries.get(m)
+        if not summary:
+            row.append("-")
+        elif test in KINDS:
+            best = f", at best {summary['ceiling']:.2f}" if arm == "cropped" and beyond else ""
+            row.append(cell(summary["rate"]) + best)
+        elif arm == "cropped" or not beyond:
+            row.append(f"{cell(summary['bpb'], '{:.3f}')} n={summary['n']}")
         else:
-            cells.append(cell(change(summaries[m], cropped[m]), "{:+.3f}"))
-    return cells
+            row.append(cell(change(summary, cropped[m]), "{:+.3f}"))
+    return row
 
 
 def make_tables(base, contexts, prompts):
@@ -388,45 +381,43 @@ def make_tables(base, contexts, prompts):
     for test in (*KINDS, "text"):
         title, head = "Bits per byte", ["tag", "arm", "c", *lengths]
         if test in KINDS:
-            n_keys, n_values, _ = KINDS[test]
+            n_keys, n_values, n_asked = KINDS[test]
+            guess = np.mean([1 / (n_keys * n_values - told) for told in range(n_asked * n_values)])
             title = (f"Needles, {test}: {prompts} prompts for each context; guessing among the "
-                     f"numbers in the text: {1 / (n_keys * n_values):g}")
+                     f"numbers in the text that are not told yet: {guess:.2f}")
             head = [*head[:3], "gain, 1x", f"gain, {lengths[-1]}", *lengths]
         lines = [head, ["---"] * len(head)]
         for tag, result in base.items():
             for arm, parts in result["parts"].items():
-                c = parts.get("fit", {"c": 0.0})["c"]
-                cells = (needle_cells(result, arm, test, contexts) if test in KINDS else
-                         text_cells(result, arm, contexts))
-                lines.append([tag, arm, f"{c:g}{'*' if c == SCALES[-1] else ''}", *cells])
+                fit = parts.get("fit", {"c": 0.0, "n": 1})
+                c = f"{fit['c']:g}{'*' if fit['c'] == SCALES[-1] else ''}" if fit["n"] else "-"
+                lines.append([tag, arm, c, *cells(result, arm, test, contexts)])
         text += f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text
 
 
-def conclude(base, far):
+def conclude(base, longest):
     """What the tables say of the longest context, a line for needles and one for text: the best arm
     against the best control. Controls are cropping and, if there are models without RoPE, all arms
     of those with it."""
-    def conditions(result):
-        return [result["key"][name] for name in ("texts", "n_train", "sizes")]
-
-    first, lines = next(iter(base.values())), []
+    conditions, lines = next(iter(base.values()))["key"]["conditions"], []
     comparable = {tag: result for tag, result in base.items()
-                  if conditions(result) == conditions(first)}
+                  if result["key"]["conditions"] == conditions}
     without_rope = any(not result["key"]["use_rope"] for result in comparable.values())
     for test, value, sign in (("multi-key", "rate", 1), ("text", "bpb", -1)):
-        found = {False: [], True: []}                       # of controls: True
+        arms, controls = [], []
         for tag, result in comparable.items():
             for arm in result["parts"]:
-                summary = tested(result, arm, test).get(far)
+                summary = tested(result, arm, test).get(longest)
+                is_control = arm == "cropped" or without_rope and result["key"]["use_rope"]
                 if summary:
-                    control = arm == "cropped" or without_rope and result["key"]["use_rope"]
-                    found[control].append((sign * summary[value][0], f"{tag}, {arm}", summary))
-        if found[False] and found[True]:
-            (_, name, mine), (_, control, theirs) = (max(some, key=lambda entry: entry[0])
-                                                     for some in (found[False], found[True]))
-            lines.append(f"{far}x, {test}: {mine[value][0]:.3f} ({name}), best control "
-                         f"{theirs[value][0]:.3f} ({control}); {compare(test, mine, theirs)}")
+                    entry = sign * summary[value][0], f"{tag}, {arm}", summary
+                    (controls if is_control else arms).append(entry)
+        if arms and controls:
+            (_, name, a), (_, control, b) = (max(some, key=lambda entry: entry[0])
+                                             for some in (arms, controls))
+            lines.append(f"{longest}x, {test}: {a[value][0]:.3f} ({name}), best control "
+                         f"{b[value][0]:.3f} ({control}); {compare(test, a, b)}")
     return lines
 
 
@@ -441,36 +432,34 @@ def compare(test, a, b):
     else:
         p = mcnemar(a["found"], b["found"])
         differ, how = p < 0.05, f"McNemar's test, p = {p:.2g}"
-    return f"{'different' if differ else 'no difference'} at the 5% level ({how})"
+    return f"{'a' if differ else 'no'} significant difference ({how})"
 
 
 # ---- The figures ---------------------------------------------------------------------------------
 
 LOOKS = {100: dict(color="#d55e00", marker="o"), 75: dict(color="#56b4e9", marker="^"),
          50: dict(color="#0072b2", marker="D"), 25: dict(color="#009e73", marker="v")}
+OTHER_LOOK = dict(color="#999999", marker="P")
 NTK_LOOK = dict(color="#cc79a7", marker="s", ls="--")
 CROPPED_LOOK = dict(color="#000000", marker="x", ls=":")
 
 
 def families(tags):
-    """{tag without drope: [(percent of the steps with RoPE, tag), ...]}, RoPE (100) first."""
+    """{tag without drope: [(percent of the steps with RoPE, tag, look), ...]}, RoPE (100) first."""
     found = {}
-    for tag in tags:
+    for tag in sorted(tags):
         family, percent = re.fullmatch(r"(.*?)(?:_drope_(\d+))?", tag).groups()
-        found.setdefault(family, []).append((int(percent or 100), tag))
-    return {family: sorted(members, reverse=True) for family, members in found.items()}
+        percent = int(percent or 100)
+        found.setdefault(family, []).append((percent, tag, LOOKS.get(percent, OTHER_LOOK)))
+    return found
 
 
-def look(percent):
-    return LOOKS.get(percent, dict(color="#999999", marker="P"))
-
-
-def line(ax, label, style, points):
+def line(ax, label, look, points):
     """points: {x: [y, low, high]}, or [y] where there is no interval."""
     if points:
         y = np.array([values if len(values) == 3 else values * 3 for values in points.values()])
-        ax.plot(list(points), y[:, 0], label=label, ms=4, **style)
-        ax.fill_between(list(points), y[:, 1], y[:, 2], color=style["color"], alpha=0.15, lw=0)
+        ax.plot(list(points), y[:, 0], label=label, ms=4, **look)
+        ax.fill_between(list(points), y[:, 1], y[:, 2], color=look["color"], alpha=0.15, lw=0)
 
 
 def draw_contexts(base, contexts, plt):
@@ -479,60 +468,60 @@ def draw_contexts(base, contexts, plt):
     groups = families(base)
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 3.3 * len(groups)), squeeze=False)
     for row, (family, members) in zip(axes, groups.items()):
-        first = members[0][1]
+        (_, first, _), *_ = members
         for ax, arm, ntk in zip(row, ("as trained", "c fitted"), ("NTK", "NTK, c fitted")):
-            lines = [(tag, arm, tag, look(percent)) for percent, tag in members]
+            lines = [(tag, arm, tag, look) for _, tag, look in members]
             lines += [(first, ntk, "NTK", NTK_LOOK), (first, "cropped", "cropped", CROPPED_LOOK)]
-            for tag, arm, label, style in lines:
-                if arm in base[tag]["parts"]:
-                    found = tested(base[tag], arm, "multi-key")
-                    line(ax, label, style, {float(m): found[m]["rate"] for m in found})
-            ax.set(ylim=(-0.03, 1.03), title=f"multi-key needles, {lines[0][1]}")
-        for percent, tag in members:
+            for tag, shown, label, look in lines:
+                if shown in base[tag]["parts"]:
+                    found = tested(base[tag], shown, "multi-key")
+                    line(ax, label, look, {float(m): found[m]["rate"] for m in found})
+            ax.set(ylim=(-0.03, 1.03), title=f"multi-key needles, {arm}")
+        for _, tag, look in members:
             whole, cropped = (tested(base[tag], arm, "text") for arm in ("as trained", "cropped"))
-            line(row[2], tag, look(percent), {float(m): change(whole[m], cropped[m])
-                                              for m in cropped if float(m) >= 1})
-        row[2].axhline(0, **CROPPED_LOOK)
+            line(row[2], tag, look, {float(m): change(whole[m], cropped[m])
+                                     for m in cropped if float(m) >= 1})
+        row[2].axhline(0, color="black", ls=":")
         row[2].set(title="bits per byte, as trained - cropped")
         for ax in row:
             ax.set_xscale("log", base=2)
-            ax.set_xticks(contexts, [f"{m:g}x" for m in contexts])
+            ax.set_xticks([float(m) for m in contexts], [f"{m}x" for m in contexts])
             ax.set(xlabel="context, in training lengths")
     return fig
 
 
 def draw_drop(base, contexts, plt):
     """Retrieval in the longest context against the moment of the drop, a line for each family."""
-    far = f"{contexts[-1]:g}"
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for ax, arm in zip(axes, ("as trained", "c fitted")):
-        for style, (family, members) in zip(LOOKS.values(), families(base).items()):
-            found = {p: tested(base[tag], arm, "multi-key").get(far) for p, tag in members}
-            line(ax, family, style, {p: point["rate"] for p, point in found.items() if point})
-        ax.set(ylim=(-0.03, 1.03), xlim=(-3, 103), title=f"multi-key needles at {far}x, {arm}",
+        for i, (family, members) in enumerate(families(base).items()):
+            found = {percent: tested(base[tag], arm, "multi-key") for percent, tag, _ in members}
+            line(ax, family, dict(color=f"C{i}", marker="o"),
+                 {percent: summaries[contexts[-1]]["rate"]
+                  for percent, summaries in sorted(found.items()) if contexts[-1] in summaries})
+        ax.set(ylim=(-0.03, 1.03), xlim=(-3, 103), title=f"multi-key at {contexts[-1]}x, {arm}",
                xlabel="percent of the steps with RoPE (100: always)")
     return fig
 
 
 def draw_training(base, _, plt):
-    """The jump at the switch and the way back, beside RoPE's curve: a panel for each family."""
+    """The jump when RoPE is dropped, and the recovery, next to the RoPE run."""
     groups = families(base)
     fig, axes = plt.subplots(1, len(groups), figsize=(max(6, 4 * len(groups)), 3.8), squeeze=False)
     for ax, (family, members) in zip(axes[0], groups.items()):
         seen = []
-        for percent, tag in members:
+        for _, tag, look in members:
             names = "val_bpb", "val_bpb_with_rope", "val_bpb_without_rope"
             records = read_lines(folder_of(tag) / "metrics.jsonl", {"step": int},
                                  dict.fromkeys(names, float))
             points = [(record["step"], record[name])
                       for record in records for name in names if name in record]
-            ax.plot(*zip(*points), label=tag, ms=4, **look(percent))
+            ax.plot(*zip(*points), label=tag, ms=4, **look)
             seen += [bpb for _, bpb in points[(len(points) + 3) // 4:]]     # not the first fall
-            for record in records:
-                if "switch" in record:
-                    ax.axvline(record["step"], color=look(percent)["color"], ls=":", lw=1)
+            for step in (record["step"] for record in records if "switch" in record):
+                ax.axvline(step, color=look["color"], ls=":", lw=1)
         ax.set(title=f"{family} (dotted: RoPE is dropped)", xlabel="step",
-               ylabel="validation bits per byte", ylim=(None, 1.02 * max(seen, default=1)))
+               ylabel="validation bits per byte", ylim=(None, 1.02 * max(seen) if seen else None))
     return fig
 
 
@@ -543,11 +532,10 @@ def draw_all(base, contexts, folder, end):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no figures: matplotlib is not installed (pip install matplotlib)")
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
-                         "axes.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False})
-    for name, draw in (("contexts", draw_contexts), ("drop", draw_drop),
-                       ("training", draw_training)):
-        fig, path = draw(base, contexts, plt), folder / f"{name}{end}.png"
+    plt.rcParams.update({"axes.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False})
+    for draw in (draw_contexts, draw_drop, draw_training):
+        path = folder / f"{draw.__name__.removeprefix('draw_')}{end}.png"
+        fig = draw(base, contexts, plt)
         for ax in fig.axes:
             ax.legend()
         fig.tight_layout()
@@ -572,8 +560,9 @@ def main():
     base = {}
     for tag in cfg.tags:
         key, parts = results_of(folder_of(tag), name)
-        if "cropped" not in parts:
-            sys.exit(f"{tag} is not evaluated: leave it out, or run `python eval.py {tag}` first")
+        if "c fitted" not in parts:
+            sys.exit(f"{tag} is not evaluated: leave it out, or first run `python eval.py {tag}"
+                     f"{' --quick' if cfg.quick else ''}`")
         base[folder_of(tag).name] = dict(key=key, parts=parts)
     folder, end = base_dir() / "eval", "_quick" if cfg.quick else ""
     contexts = [f"{m:g}" for m in sizes.contexts]
@@ -581,7 +570,7 @@ def main():
     text = "\n".join([tables, *conclude(base, contexts[-1]), ""])
     atomic_write(folder / f"results{end}.md", text)
     print(f"\n{text}\n{folder}/results{end}.md written")
-    draw_all(base, sizes.contexts, folder, end)
+    draw_all(base, contexts, folder, end)
 
 
 if __name__ == "__main__":

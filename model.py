@@ -284,6 +284,7 @@ class GPT(nn.Module):
         rotary = scale = None
         if self.use_rope:                                   # DroPE: all that the model knows of it
             rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
+            rotary = rotary.unbind()                        # cos, sin: (..., T, 1, head_dim) each
         if self.logn_scale:                                 # never in training
             scale = query_scale(positions, self.config.sequence_len, self.logn_scale)
             scale = scale.to(self.dtype)
@@ -341,6 +342,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(B, dtype=torch.long)     # tokens of each row, on the CPU
         self.rotary = model.rotary(S, device)               # (2, S, 1, head_dim)
+        self.slots = torch.arange(S, device=device)
 
     def row(self, b):
         """Row b as a cache of its own, in the same memory."""
@@ -351,26 +353,24 @@ class KVCache:
 
     def start(self, T):
         """Makes room for T more tokens in each row. Returns their positions, (B, T)."""
-        B, S = len(self.lengths), self.keys.size(3)
-        positions = self.lengths.view(B, 1) + torch.arange(T)
-        filled = int(self.lengths.max()) + T
-        if filled > S:
-            raise ValueError(f"{filled} tokens do not fit into a cache of {S}")
+        _, B, n_head, S, head_dim = self.keys.shape
+        longest = int(self.lengths.max())
+        if longest + T > S:
+            raise ValueError(f"{longest + T} tokens do not fit into a cache of {S}")
+        positions = self.lengths.to(self.slots.device).view(B, 1) + self.slots[:T]
+        self.places = positions.view(B, 1, T, 1).expand(B, n_head, T, head_dim)
         self.mask = None                # of an empty cache: the usual causal one will do
-        if filled > T:                  # else each token attends to its row's, up to itself
-            filled = min(S, math.ceil(filled / 64) * 64)    # few shapes: kernels are chosen by them
-            self.mask = torch.arange(filled) <= positions.view(B, 1, T, 1)
-            self.mask = self.mask.to(self.keys.device)      # (B, 1, T, filled)
-        self.positions = positions.to(self.keys.device)
-        return self.positions
+        if longest > 0:                 # else a token attends to its row's, up to itself
+            filled = math.ceil((longest + T) / 64) * 64     # few shapes: kernels are chosen by them
+            self.mask = self.slots[:filled] <= positions.view(B, 1, T, 1)   # (B, 1, T, filled)
+        return positions
 
     def extend(self, layer, k, v):
         """Puts the new tokens' keys and values (B, n_head, T, head_dim) of a layer in their places.
         Returns those of the whole rows, and the mask."""
-        keys, values = self.keys[layer], self.values[layer]
-        row = torch.arange(len(keys), device=keys.device).view(-1, 1)
-        keys[row, :, self.positions] = k.transpose(1, 2)    # indexed like this: (B, T, n_head, ...)
-        values[row, :, self.positions] = v.transpose(1, 2)
+        keys, values = self.keys[layer], self.values[layer]     # (B, n_head, S, head_dim)
+        keys.scatter_(2, self.places, k)
+        values.scatter_(2, self.places, v)
         if self.mask is None:
             return k, v, None
         filled = self.mask.size(-1)
@@ -382,7 +382,7 @@ def most_likely(logits):
     return logits.argmax(-1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, texts, n, choose=most_likely, cache=None):
     """Continues B texts, lists of ids. Yields n times a list of B ids, the next one of each text.
 

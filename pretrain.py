@@ -596,9 +596,11 @@ def open_shards(cfg, run):
     return shards
 
 
-def find_init(cfg, config):
-    """(folder, step, sha256 of the weights) of the model that --init names. Exits unless it is
-    finished, and has this tokenizer and these sizes."""
+def find_init(cfg, config, env):
+    """On rank 0 (folder, step, both and the weights' sha256 in words) of the model that --init
+    names. Exits unless it is finished, and has this tokenizer and these sizes."""
+    if not cfg.init or env.rank != 0:
+        return None
     folder = base_dir() / "base_checkpoints" / cfg.init
     step = finished_checkpoint(folder)
     theirs = read_meta(folder, step)
@@ -608,7 +610,7 @@ def find_init(cfg, config):
         sys.exit(f"--init {cfg.init}: its model has {different}")
     if cfg.drope is not None and not theirs["loop_state"]["use_rope"]:
         sys.exit(f"--init {cfg.init}: it has no RoPE any more; leave out --drope")
-    return folder, step, weights_hash(folder, step)
+    return folder, step, f"step {step} of {cfg.init}, sha256 {weights_hash(folder, step)}"
 
 
 def start_from_init(model, run, folder, step):
@@ -705,12 +707,9 @@ def main():
     cfg.total_batch_size = derived.batch
     rows = check_sizes(cfg, derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
-    recipe = {**{field: getattr(cfg, field) for field in RECIPE}, "tokenizer": tokenizer_hash(enc)}
-    init = None
-    if cfg.init:
-        init = find_init(cfg, derived.config) if env.rank == 0 else None
-        init = from_rank_0(init, env)
-        recipe["init"] = f"step {init[1]} of {cfg.init}, sha256 {init[2]}"
+    init = from_rank_0(find_init(cfg, derived.config, env), env)
+    recipe = {**{field: getattr(cfg, field) for field in RECIPE},
+              "tokenizer": tokenizer_hash(enc), "init": init and init[2]}
     run = Run(base_dir() / "base_checkpoints" / cfg.tag, cfg, recipe, env)
     if run.meta.get("finished"):
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
@@ -727,7 +726,8 @@ def main():
     stream = validation = None
     if env.rank == 0:
         log_head(cfg, derived, env, attention=attention_kernel(env, derived.config), rows=rows,
-                 tokenizer=recipe["tokenizer"], revision=shards.revision, **run.data)
+                 tokenizer=recipe["tokenizer"], starting_from=recipe["init"],
+                 revision=shards.revision, **run.data)
         stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1, position)
         validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
     validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,

@@ -999,7 +999,7 @@ def shard_bytes(column, values):
 
 
 @pytest.mark.parametrize("script, name, after", [
-    ("tok", "b.parquet", "replace or remove it"), ("eval", "c.parquet", "put a whole one there"),
+    ("tok", "b.parquet", "replace or remove it"), ("eval", "c.parquet", "an intact copy"),
     ("pretrain", "a.parquet", "put the right file there"),
     ("pretrain", "c.parquet", "put the right file there")])
 @pytest.mark.parametrize("content", [
@@ -2662,7 +2662,7 @@ def test_eval_refuses_and_keeps_what_is_there(tmp_path, refused, words, says):
     for tag in ("t", "short", "cut", "empty"):
         write_checkpoint(base / tag, random_model())
     results = M.Results(base / "t" / "eval.json", dict(sha256=M.weights_hash(base / "t", 10)))
-    for arm in ("as trained", "cropped"):
+    for arm in ("as trained", "cropped", "c fitted"):
         results.part([arm, "text"], dict)
     (base / "cut" / "eval.json").write_text('{"key": {"step"')
     (base / "empty" / "eval.json").write_text('{"parts": []}')
@@ -2679,20 +2679,20 @@ def of_40(found, use_rope, bits, arm="c fitted", texts="same"):
         text = {"n": 12, "bpb": ev.bootstrap(bits, [4] * 12), "bits": bits, "bytes": [4] * 12}
         return {"multi-key": {"4": rates}, "text": {"4": text}}
     parts = {"as trained": {}, "cropped": summaries(8, 6), arm: summaries(found, bits)}
-    return {"key": dict(use_rope=use_rope, texts=texts, n_train=256, sizes=""), "parts": parts}
+    return {"key": dict(use_rope=use_rope, conditions=texts), "parts": parts}
 
 
 def test_the_conclusion_compares_the_best_arm_with_the_best_control():
     """Controls: cropping and what has RoPE. Models tested on other texts are not compared."""
     mine, other = of_40(30, False, 5), of_40(39, True, 1, "NTK", texts="other")
     for ntk, bits, needles, text in (
-            (15, 7, "0.750 (a, c fitted), best control 0.375 (b, NTK); different at the 5% level "
+            (15, 7, "0.750 (a, c fitted), best control 0.375 (b, NTK); a significant difference "
              "(McNemar's test, p = 6.1e-05)", "1.375 (a, c fitted), best control 1.625 (a, cropped)"
-             "; different at the 5% level (paired interval of the difference: -0.250 [-0.250, "),
-            (28, 5, "0.750 (a, c fitted), best control 0.700 (b, NTK); no difference", "1.375 (a, "
-             "c fitted), best control 1.375 (b, NTK); no difference at the 5% level"),
-            (5, 4, "best control 0.200 (a, cropped); different", "best control 1.125 (b, NTK); "
-             "different")):
+             "; a significant difference (paired interval of the difference: -0.250 [-0.250, "),
+            (28, 5, "0.750 (a, c fitted), best control 0.700 (b, NTK); no significant", "1.375 (a, "
+             "c fitted), best control 1.375 (b, NTK); no significant difference"),
+            (5, 4, "best control 0.200 (a, cropped); a significant", "best control 1.125 (b, NTK); "
+             "a significant")):
         lines = ev.conclude({"a": mine, "b": of_40(ntk, True, bits, "NTK"), "c": other}, "4")
         assert len(lines) == 2 and needles in lines[0] and text in lines[1], lines
     lines = ev.conclude({"b": of_40(15, True, 7, "NTK")}, "4")      # RoPE alone: against cropping
@@ -3319,6 +3319,17 @@ def test_generation_with_a_cache_equals_a_loop_without(pair):
         cache = getattr(out, hf.CACHE)
         pieces.append(out.logits)
     assert equal(torch.cat(pieces, 1), ours(ids))
+
+
+def test_sixteen_texts_of_different_lengths_are_continued_as_by_transformers(pair):
+    """128 tokens each, greedily, by model.py's cache and by transformers' generate()."""
+    ours, theirs = pair
+    theirs.set_attn_implementation("sdpa")
+    ids, mask, rows = padded(range(1, 33, 2))
+    got = theirs.generate(ids, attention_mask=mask, max_new_tokens=128, do_sample=False,
+                          pad_token_id=HF_BOS, eos_token_id=9999)[:, -128:]
+    mine = M.generate(ours, [row.tolist() for row in rows], 128)
+    assert [list(row) for row in zip(*mine)] == got.tolist()
 
 
 @torch.no_grad()
@@ -4122,6 +4133,30 @@ def test_bench_step_against_plain_pytorch():
     whole = (ours + muon_seconds) / (plain_seconds + adamw_seconds)
     print(f"\nforward and backward / plain PyTorch's: {ours / plain_seconds:.2f}; with the "
           f"optimizer, Muon / AdamW: {whole:.2f}")
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("B", [1, 16])
+def test_bench_generation_against_transformers(B):
+    """The tiny run's model: 128 tokens after 64, on one core, with a cache."""
+    config = M.GPTConfig(256, 1024, 2, 1, 1, 128)
+    model = M.GPT(config)
+    model.init_weights()
+    theirs = hf.NanoChatForCausalLM(hf.NanoChatConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=config.intermediate_size,
+        num_hidden_layers=2, num_attention_heads=1)).eval()
+    texts = torch.randint(0, 1024, (B, 64))
+
+    def transformers_generate():
+        theirs.generate(texts, attention_mask=torch.ones_like(texts), max_new_tokens=128,
+                        do_sample=False, pad_token_id=0, eos_token_id=9999)
+
+    def ours():
+        for _ in M.generate(model, texts.tolist(), 128):
+            pass
+    slow, fast = best_of(5, transformers_generate, ours)
+    print(f"\ngeneration, batch {B}: {slow / fast:.2f} times as fast as transformers' generate() "
+          f"({128 * B / fast:,.0f} tokens/s)")
 
 
 PEAK = """
