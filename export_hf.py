@@ -50,8 +50,8 @@ class Config:
 # Text can spell a control token, and transformers would take it for one. So the chat template puts
 # GUARD between "<" and "|" of what a message holds, and tokenizer.json deletes it after it has
 # looked for control tokens. A message's own "<GUARD" becomes "<GUARDGUARD", so that just what was
-# put there is deleted. All of that is data: no tool has to run our code for it. (Only text outside
-# of messages must not hold "<GUARD|". Unicode keeps both characters for programs.)
+# put there is deleted. All of that is data: no tool has to run our code for it. (In text outside of
+# messages "<GUARD|" and "<GUARDGUARD" lose one GUARD. Unicode keeps both characters for programs.)
 GUARD = "\ufdd0\ufdef"
 
 
@@ -180,12 +180,32 @@ def newest(stage, tag):
                                  lacks=lacks)
 
 
+def settle(temp, dest):
+    """Cleans up after an export, also an interrupted one: there is always an old or a new folder,
+    and the new one gets the files that somebody else has put into the old one."""
+    old = temp / "old"
+    if old.exists() and not dest.exists():
+        os.rename(old, dest)
+    if old.exists():
+        try:
+            ours = json.loads((old / "export.json").read_text())["files"].keys() | {"export.json"}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            ours = set()
+        for path in old.iterdir():
+            if path.name not in ours and not (dest / path.name).exists():
+                os.rename(path, dest / path.name)
+    shutil.rmtree(temp, ignore_errors=True)
+
+
 def export(source):
     """Makes the export of newest()'s checkpoint, unless just that is there; returns its files."""
     dest, temp = source.dest, source.dest.with_name(f".{source.dest.name}.temp")
     if source.step is None:
         sys.exit(f"{source.lacks}: `bash run_all.sh {dest.name}` trains that model")
+    if dest.exists() and not dest.is_dir():
+        sys.exit(f"{dest} is a file: move it away, an export is a folder")
     with lock_file(dest.with_name(f".{dest.name}.lock"), wait=600):    # of two at once, one waits
+        settle(temp, dest)                                  # of an export that was killed
         files = export_files(source)
         paths = {dest / name: content for name, content in files.items()}
         if all(path.exists() and path.read_bytes() == paths[path] for path in paths):
@@ -196,7 +216,6 @@ def export(source):
                      "training first, or delete that folder")
         if dest.exists():
             print(f"{dest} is damaged or out of date: exported again", file=sys.stderr)
-        shutil.rmtree(temp, ignore_errors=True)             # of an export that was killed
         try:
             for name, content in files.items():
                 atomic_write(temp / "new" / name, content)
@@ -204,7 +223,7 @@ def export(source):
                 os.rename(dest, temp / "old")
             os.rename(temp / "new", dest)
         finally:
-            shutil.rmtree(temp, ignore_errors=True)
+            settle(temp, dest)
     print(f"{source.folder} step {source.step} -> {dest}", "(unfinished)" * bool(source.lacks))
     return list(files)
 

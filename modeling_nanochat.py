@@ -5,8 +5,9 @@
     model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 
-The mathematics of model.py, with what transformers (4.57, 5.x) adds: a key-value cache, padding,
-exchangeable kernels, and outputs for its trainers and generators. config.use_rope sets it apart.
+The mathematics of model.py, with what transformers (5.0 to 5.24 were tried) adds: a key-value
+cache, padding, exchangeable kernels, and outputs for its trainers and generators. config.use_rope
+sets it apart.
 True: q and k are rotated by their positions (RoPE, arXiv:2104.09864). False: no positional
 embedding at all (DroPE, arXiv:2512.12167). Left out: dropout, biases, scaled RoPE, tied embeddings.
 """
@@ -15,7 +16,11 @@ import inspect
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+import transformers
+if transformers.__version__.startswith(("3.", "4.")):
+    raise ImportError("modeling_nanochat.py needs transformers 5.0 or newer, not "
+                      f"{transformers.__version__}: pip install -U transformers")
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -24,14 +29,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 try:
     from transformers.utils.output_capturing import capture_outputs
-except ImportError:                                         # 4.57
+except ImportError:                                         # 5.0
     from transformers.utils.generic import check_model_inputs as capture_outputs
 
 # What the versions name differently: the arguments of the mask, and the cache (since 5.24)
 MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
 CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
+
+
+def takes_cache(forward):
+    """In 5.24 past_key_values is an old name for cache. Before, cache is what the kernels of
+    continuous batching are given, beside past_key_values."""
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
+    return forward
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -43,7 +57,7 @@ DEFAULTS = dict(                        # of d18, which was trained on 4096 toke
     original_max_position_embeddings=4096, use_cache=True, tie_word_embeddings=False)
 
 
-class NanoChatConfig(PretrainedConfig):
+class NanoChatConfig(PreTrainedConfig):
     """What config.json holds: DEFAULTS and rope_parameters. hidden_act is "swiglu" (other exports
     say "silu"): transformers 5 has a nanochat class of its own with another MLP, and the name makes
     that class refuse our files instead of misreading them."""
@@ -57,14 +71,14 @@ class NanoChatConfig(PretrainedConfig):
         "layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise"}
 
-    def __init__(self, rope_parameters=None, **kwargs):
-        values = {**DEFAULTS, **kwargs}
-        values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        for name, value in values.items():
-            setattr(self, name, value)
+    def __init__(self, num_key_value_heads=None, rope_parameters=None, **kwargs):
+        own = {name: kwargs.pop(name, default) for name, default in DEFAULTS.items()}
+        own["num_key_value_heads"] = num_key_value_heads or own["num_attention_heads"]
         plain = {"rope_type": "default", "rope_theta": 100000.0}
-        self.rope_parameters = {**plain, **(rope_parameters or {})}
-        super().__init__(**values)
+        own["rope_parameters"] = {**plain, **(rope_parameters or {})}
+        for name, value in own.items():
+            setattr(self, name, value)
+        super().__init__(tie_word_embeddings=own["tie_word_embeddings"], **kwargs)
 
     def refuse_what_is_not_computed(self):
         """Asked by the model, as from_pretrained(name=value) sets values only after __init__."""
@@ -135,7 +149,7 @@ class NanoChatAttention(nn.Module):
         self.v_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
         self.o_proj = linear(n_q * self.head_dim, C, 0)
 
-    def forward(self, x, rotary, scale, attention_mask, cache, cache_position, **kwargs):
+    def forward(self, x, rotary, scale, attention_mask, past, cache_position, **kwargs):
         B, T, _ = x.shape                       # rotary: cos and sin, or None without RoPE
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in projections)
@@ -145,9 +159,10 @@ class NanoChatAttention(nn.Module):
         q, k = norm(q, eps).to(v.dtype), norm(k, eps).to(v.dtype)       # QK-norm, arXiv:2302.05442
         if scale is not None:
             q = (q * scale).to(v.dtype)         # scales the logits, whatever the kernel
-        if cache is not None:                   # this layer's part of it: T new ones in, all S out
-            k, v = cache.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        # 4.57 looks in this file for these names, 5.x for ALL_ATTENTION_FUNCTIONS.get_interface(
+        if past is not None:                    # the cache: this layer's T new ones in, all S out
+            more = kwargs if CACHE == "cache" else {"cache_position": cache_position}
+            k, v = past.update(k, v, self.layer_idx, more)
+        # transformers looks in this file for ALL_ATTENTION_FUNCTIONS.get_interface(
         attention = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -219,14 +234,15 @@ class NanoChatModel(NanoChatPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @capture_outputs                        # (hidden_states and attentions, where asked for)
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                cache=None, inputs_embeds=None, use_cache=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
+                use_cache=None, **kwargs):
         """input_ids (B, T), or inputs_embeds (B, T, C) -> last_hidden_state (B, T, C), normed.
         attention_mask (B, S): 0 for padding, on either side. position_ids (B, T): needed only for
         packed rows, where each document starts again at 0 and sees nothing before it. cache (before
         transformers 5.24: past_key_values): keys and values of the S - T tokens before these."""
-        config, cache = self.config, past_key_values if cache is None else cache
+        config, cache = self.config, kwargs.pop(CACHE, None)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = config.use_cache and not self.training
@@ -238,14 +254,15 @@ class NanoChatModel(NanoChatPreTrainedModel):
         rotary = rotary_tables(position_ids, config, x.dtype) if config.use_rope else None
         scale = logit_scale(position_ids, config) if config.logn_scale else None
         for layer in self.layers:
-            x = layer(x, rotary=rotary, scale=scale, cache=cache, **shared, **kwargs)
+            x = layer(x, rotary=rotary, scale=scale, past=cache, **shared, **kwargs)
         x = norm(x, config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def place(self, x, attention_mask, position_ids, cache, kwargs):
         """Where the new tokens x (B, T, C) are: position_ids, and what the layers want of it."""
-        T, cache_position = x.size(1), kwargs.pop("cache_position", None)   # of 4.57's generate()
-        if cache_position is None:
+        T, cache_position = x.size(1), kwargs.pop("cache_position", None)   # of 5.0's generate()
+        needed = position_ids is None or "cache_position" in MASK_ARGUMENTS
+        if cache_position is None and needed:       # (a paged cache does not know its length)
             seen = cache.get_seq_length() if cache is not None else 0
             cache_position = torch.arange(T, device=x.device) + seen
         if position_ids is None:
@@ -269,6 +286,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
                 labels=None, logits_to_keep=0, **kwargs):
@@ -296,7 +314,7 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
     """tokenizer.json with some conveniences; the model card says how to do without them."""
 
     def apply_chat_template(self, conversation, *args, return_dict=False, **kwargs):
-        """As in the base class; returns ids unless return_dict=True, the default of 4.57 too.
+        """As in the base class; returns ids unless return_dict=True.
         continue_final_message: transformers cuts the chat behind its last text, but only if it
         finds that text in it. The template has changed "<|", so it appends the text as it was."""
         if kwargs.get("continue_final_message"):
@@ -326,15 +344,3 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
         texts, add = self._bos_once([text] if one else text, add_special_tokens, **kwargs)
         texts = texts[0] if one else texts
         return super()._encode_plus(texts, *args, add_special_tokens=add, **kwargs)
-
-    def _batch_encode_plus(self, batch_text_or_text_pairs, *, add_special_tokens=True, **kwargs):
-        texts, add = self._bos_once(batch_text_or_text_pairs, add_special_tokens, **kwargs)
-        return super()._batch_encode_plus(texts, add_special_tokens=add, **kwargs)      # of 4.57
-
-    def _set_model_specific_special_tokens(self, special_tokens):
-        """Lets 4.57 read what 5.x saved, a list of special tokens, where it expects a dict. (With
-        an __init__ 5.x would build the tokenizer again, without its split pattern.)"""
-        if isinstance(special_tokens, list):
-            self.additional_special_tokens, self.extra_special_tokens = special_tokens, {}
-        else:
-            super()._set_model_specific_special_tokens(special_tokens)

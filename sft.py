@@ -83,16 +83,25 @@ PARTS = {  # type of a part: (special token before it, after it, whether it and 
 def parts_of(message):
     """The content of a message as a list of parts {"type": a key of PARTS, "text": text}."""
     content = message.get("content")
-    if message.get("role") == "assistant" and isinstance(content, list):
-        return content
-    return [{"type": "text", "text": content}]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def joined(parts):
+    """The parts, with adjacent texts joined to one: where they meet, they may make a token."""
+    merged = []
+    for part in parts:
+        if merged and part["type"] == merged[-1]["type"] == "text":
+            merged[-1] = {"type": "text", "text": merged[-1]["text"] + part["text"]}
+        else:
+            merged.append(part)
+    return merged
 
 
 def problem(messages, finished=False):
     """What is wrong with a conversation, in words, or "".
 
-    It is [system] user assistant user assistant ..., each {"role": ..., "content": text}; for an
-    assistant, content may be a list of parts. A `finished` one has an answer and nothing empty."""
+    It is [system] user assistant user assistant ..., each {"role": ..., "content": text, or a list
+    of parts}; only an assistant's may be python. A `finished` one has an answer, nothing empty."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "not a list of messages"
     n_system = sum(message.get("role") == "system" for message in messages[:1])
@@ -101,7 +110,8 @@ def problem(messages, finished=False):
         if message.get("role") != role:
             return f"message {n} is of role {message.get('role')!r} where {role!r} was expected"
         for part in parts_of(message):
-            known = isinstance(part, dict) and str(part.get("type")) in PARTS
+            types = PARTS if role == "assistant" else ["text"]
+            known = isinstance(part, dict) and str(part.get("type")) in types
             if not known or not isinstance(part.get("text"), str):
                 return f"message {n} has content that is neither text nor parts: {part!r:.60}"
         if finished and not any(part["text"].strip() for part in parts_of(message)):
@@ -121,7 +131,9 @@ def render(enc, messages):
         raise ValueError(wrong)
     if messages[0]["role"] == "system":
         system, user, *rest = messages
-        messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        blank_line = {"type": "text", "text": "\n\n"}
+        first = [*parts_of(system), blank_line, *parts_of(user)]
+        messages = [{"role": "user", "content": first}, *rest]
     ids, mask = [enc.encode_single_token("<|bos|>")], [0]
 
     def add(text, learnt, special=False):
@@ -133,7 +145,7 @@ def render(enc, messages):
     for message in messages:
         is_answer = message["role"] == "assistant"
         add(f"<|{message['role']}_start|>", False, special=True)
-        for part in parts_of(message):
+        for part in joined(parts_of(message)):
             before, after, learnable = PARTS[part["type"]]
             add(before, is_answer and learnable, special=True)
             add(part["text"], is_answer and learnable)
@@ -636,7 +648,8 @@ def sample(model, enc, source, n=64):
         if token == end:
             break
         answer.append(token)
-    return f"sample: {asked[-1]['content'][:200]!r} -> {enc.decode(answer)!r}"
+    question = "".join(part["text"] for part in parts_of(asked[-1]))
+    return f"sample: {question[:200]!r} -> {enc.decode(answer)!r}"
 
 
 def find_base(cfg):

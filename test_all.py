@@ -2946,8 +2946,6 @@ def test_the_final_answer(text, number):
 
 TAGS = {"d3_9tpp": True, "d3_9tpp_drope_50": False, "d3_9tpp_drope_50_long": False}
 HF_BOS, HF_STOP = 503, 507                    # <|bos|> and <|assistant_end|>, of 512 ids
-HF5 = int(transformers.__version__.split(".")[0]) >= 5
-publishing = pytest.mark.skipif(not HF5, reason="publishing is done with huggingface_hub 1 and up")
 
 
 def export_model(seed, use_rope):
@@ -3005,7 +3003,7 @@ def test_an_export_and_its_config(exported):
             "final_logit_softcapping": 15.0, "max_position_embeddings": 32768,
             "original_max_position_embeddings": 64, "tie_word_embeddings": False,
             "use_cache": True, "bos_token_id": HF_BOS, "eos_token_id": stop, "pad_token_id": stop,
-            "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+            "dtype": "bfloat16"}
 
 
 def test_rope_stays_off_from_checkpoint_to_fine_tuning_to_both_exports(sft_run, run_here):
@@ -3046,6 +3044,40 @@ def test_a_whole_export_is_kept_and_a_damaged_one_made_again_to_the_byte(own, ca
     again, kept = "exported again" in said.err, "skipped" in said.out
     assert (again, kept) == ((True, False) if name else (False, True))
     assert contents(folder) == before and (folder.stat().st_ino == inode) == kept
+
+
+@pytest.mark.parametrize("end", ["", "interrupted", "killed"])
+def test_an_export_keeps_the_files_of_others_and_is_never_gone(own, monkeypatch, end):
+    """Whatever ends it between the two renames, the old export is there, or comes back."""
+    folder, before = own / "hf_base" / "d3_9tpp", contents(own / "hf_base" / "d3_9tpp")
+    (folder / "NOTES.md").write_text("mine")
+    write_checkpoint(own / "base_checkpoints" / "d3_9tpp", export_model(7, True))
+    if end:
+        rename = os.rename
+
+        def renames(source, dest):
+            if Path(source).name == "new":
+                raise KeyboardInterrupt
+            rename(source, dest)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "rename", renames)
+            if end == "killed":
+                patch.setattr(export_hf, "settle", lambda temp, dest: None)
+            export_hf.main(["--tag", "d3_9tpp", "--stage", "base"])
+        if end == "interrupted":
+            assert contents(folder) == {**before, "NOTES.md": b"mine"}
+    export_hf.main(["--tag", "d3_9tpp", "--stage", "base"])
+    after = contents(folder)
+    assert after.pop("NOTES.md") == b"mine" and after.keys() == before.keys()
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert not list(folder.parent.glob(".*.temp"))
+
+
+def test_a_plain_file_is_not_replaced_by_an_export(own, refused):
+    shutil.rmtree(own / "hf_base")
+    M.atomic_write(own / "hf_base" / "d3_9tpp", "mine")
+    refused(export_hf, ["--tag", "d3_9tpp", "--stage", "base"], ["is a file: move it away"], own)
+    assert (own / "hf_base" / "d3_9tpp").read_text() == "mine"
 
 
 def test_an_export_follows_its_checkpoint_and_of_two_at_once_one_waits(own):
@@ -3108,7 +3140,6 @@ def online(hub, own, monkeypatch):
     return hub
 
 
-@publishing
 def test_push_fills_four_repositories(online, own, capsys):
     push = ["--tag", "d3_9tpp_drope_50", "--push", "me"]
     export_hf.main(push + ["--dry-run"])
@@ -3142,7 +3173,6 @@ def test_push_fills_four_repositories(online, own, capsys):
     assert "hf-sft: 1 files sent, all 9 checked" in capsys.readouterr().out
 
 
-@publishing
 def test_who_may_publish_and_read(online, own, refused, monkeypatch):
     push = ["--tag", "d3_9tpp", "--push", "me", "--private"]
     for status in (401, 403):
@@ -3171,7 +3201,6 @@ def as_the_nanochat_repo_has_it(repos, tag):
             files.pop("questions.jsonl", None)
 
 
-@publishing
 @pytest.mark.parametrize("public", [False, True])
 def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, public):
     """A long tag with a fractional horizon, as we publish it and as the nanochat repo does. Its
@@ -3201,7 +3230,6 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
     assert capsys.readouterr().out.count("there already") == 2
 
 
-@publishing
 def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, own, refused):
     export_hf.main(["--tag", "d3_9tpp", "--push", "me"])
     pull, folder = ["--pull", "me/nanochat-d3-9tpp"], own / "base_checkpoints" / "d3_9tpp"
@@ -3332,6 +3360,20 @@ def test_sixteen_texts_of_different_lengths_are_continued_as_by_transformers(pai
     assert [list(row) for row in zip(*mine)] == got.tolist()
 
 
+def test_continuous_batching_writes_the_same_as_generate(pair):
+    """Its cache has pages, and no length of its own."""
+    _, theirs = pair
+    theirs.set_attn_implementation("sdpa")
+    texts = [random_ids(1, n, n)[0].tolist() for n in (5, 17, 9)]
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=HF_BOS, eos_token_id=9999)
+    alone = [theirs.generate(torch.tensor([text]), **settings)[0, len(text):] for text in texts]
+    config = transformers.GenerationConfig(**settings)
+    together = theirs.generate_batch(inputs=texts, generation_config=config)
+    theirs.set_attn_implementation("sdpa")                  # not the paged kernel any more
+    assert sorted(out.generated_tokens for out in together.values()) == sorted(
+        row.tolist() for row in alone)
+
+
 @torch.no_grad()
 def test_what_the_model_takes_and_gives(pair):
     """The loss shifts labels, and is divided by num_items_in_batch, if that is given."""
@@ -3410,7 +3452,6 @@ def test_an_override_that_has_a_meaning_is_followed(exported):
     assert not equal(faster(ids).logits, plain)
 
 
-@pytest.mark.skipif(not HF5, reason="transformers 4.57 has no nanochat class of its own")
 def test_transformers_own_nanochat_class_refuses_our_files(exported):
     with pytest.raises((KeyError, ValueError), match="swiglu"):
         AutoModelForCausalLM.from_pretrained(exported / "hf_sft" / "d3_9tpp")
@@ -3496,6 +3537,28 @@ def in_parts(text, rng):
     return [{"type": "text", "text": text[i:j]} for i, j in zip([0, *at], [*at, len(text)])]
 
 
+def test_random_chats_made_of_parts_have_the_ids_and_the_mask_of_fine_tuning(enc, chat_tok):
+    """Adjacent texts are encoded as one, in any role; only an answer may call Python."""
+    rng = random.Random(1)
+
+    def text():
+        return "".join(rng.choices(["the ", " the", "t", "he", "  ", "\n", "<|bos|>", "ß"], k=5))
+
+    for _ in range(60):
+        chat = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
+        for _ in range(rng.randint(1, 2)):
+            parts = [{"type": rng.choice(["text", "text", "python", "python_output"]),
+                      "text": text()} for _ in range(rng.randint(1, 6))]
+            chat += [{"role": "user", "content": in_parts(text(), rng)},
+                     {"role": "assistant", "content": parts}]
+        assert chat_ids(chat_tok, chat) == sft.render(enc, chat)
+        strings = [{**message, "content": "".join(part["text"] for part in message["content"])}
+                   if message["role"] == "user" else message for message in chat]
+        assert sft.render(enc, strings) == sft.render(enc, chat)
+    with pytest.raises(ValueError, match="message 1 has content"):
+        sft.render(enc, [{"role": "user", "content": [{"type": "python", "text": "1"}]}])
+
+
 def test_text_that_spells_a_control_token_stays_text(exported, enc, chat_tok):
     """In any role, in one part or divided among several; by tokenizer.json alone as well."""
     alone = Tokenizer.from_file(str(exported / "hf_sft" / "d3_9tpp" / "tokenizer.json"))
@@ -3542,7 +3605,7 @@ def test_a_last_message_is_continued(exported, enc, content):
 
 
 @pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
-def test_a_tokenizer_that_4_57_or_5_saved_is_the_same(own, enc, tmp_path, name):
+def test_a_tokenizer_that_transformers_saved_is_the_same(own, enc, tmp_path, name):
     folder = own / "hf_sft" / "d3_9tpp"
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config[name] = config.pop("additional_special_tokens")
@@ -3553,6 +3616,26 @@ def test_a_tokenizer_that_4_57_or_5_saved_is_the_same(own, enc, tmp_path, name):
         assert chat_ids(tokenizer, CHAT) == sft.render(enc, CHAT)
         folder = tmp_path / "saved"
         tokenizer.save_pretrained(folder)
+
+
+def test_what_transformers_sets_in_a_config_stays_there(exported, tmp_path):
+    """Also when the folder is saved and loaded."""
+    model = load(exported / "hf_base" / "d3_9tpp", output_attentions=True,
+                 attn_implementation="eager")
+    assert len(model(random_ids(1, 5)).attentions) == 3
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path, attn_implementation="eager").config.output_attentions
+    assert hf.NanoChatConfig(output_hidden_states=True).output_hidden_states
+    assert "torch_dtype" not in json.loads((exported / "hf_base/d3_9tpp/config.json").read_text())
+
+
+def test_a_transformers_that_is_too_old_is_named(tmp_path):
+    (tmp_path / "transformers.py").write_text("__version__ = '4.57.3'")
+    said = subprocess.run([sys.executable, "-c", "import modeling_nanochat"], cwd=HERE, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert said.returncode == 1 and said.stderr.splitlines()[-1] == (
+        "ImportError: modeling_nanochat.py needs transformers 5.0 or newer, not 4.57.3: pip "
+        "install -U transformers")
 
 
 def test_a_chat_ends_at_the_stop_token(exported):
