@@ -9,12 +9,12 @@ Takes base_checkpoints/TAG, chatsft_checkpoints/TAG (a _long tag shares the base
 _long) and tokenizer. Gives, in seconds, folders for AutoModelForCausalLM.from_pretrained(folder,
 trust_remote_code=True), the same byte for byte whenever they are made. An export appears whole or
 not at all, and is made again where a byte is wrong. Uploads and downloads are compared with the
-hub's hashes; run an interrupted one again. HF_TOKEN or `hf auth login` say who you are.
+hub's hashes; run an interrupted one again. HF_TOKEN or `hf auth login` authenticates you.
 """
 import signal, sys
 if __name__ == "__main__":                                  # Ctrl-C while Python imports
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import base64, functools, hashlib, json, os, pickle, re, shutil, tempfile, types
+import base64, functools, hashlib, itertools, json, os, pickle, re, shutil, tempfile, types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -266,49 +266,60 @@ def repo_files(kind, tag, user, found, temp):
 
 
 def fill(repo, files, private):
-    """Uploads what the hub has not got, then compares all with its hashes; returns how many."""
+    """Replaces the files of a repository, those of another step too, in one commit; then compares
+    all with the hub's hashes. Returns how many were sent."""
     api = huggingface_hub.HfApi()
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo).private:
         sys.exit(f"{repo} is public already: make it private on the hub, or leave out --private")
 
     def differing():
-        new = dict(files)
+        """What the hub lacks, {path: file}, and what it has of another step, [path]."""
+        new, old = dict(files), []
         for entry in api.list_repo_tree(repo, recursive=True):
             if entry.path in files:                         # git's hash for small files
                 there = entry.lfs.sha256 if entry.lfs else entry.blob_id
                 if file_hash(files[entry.path], git=not entry.lfs) == there:
                     del new[entry.path]
-        return new
+            elif re.fullmatch(r"(model|optim|meta|loader)_\d{6,}\w*\.\w+", entry.path):
+                old.append(entry.path)
+        return new, old
 
-    new = differing()
-    if new:
+    new, old = differing()
+    if new or old:
         operations = [huggingface_hub.CommitOperationAdd(*item) for item in new.items()]
+        operations += [huggingface_hub.CommitOperationDelete(path) for path in old]
         api.create_commit(repo, operations, commit_message="Files of nanochat-miniseries")
-        wrong = differing()
+        wrong = [*itertools.chain(*differing())]
         if wrong:
             raise ConnectionError(f"what arrived of {', '.join(wrong)} is not what was sent")
     return len(new)
 
 
 def push(cfg, tag):
-    """Fills the four repositories of a tag, or with --dry-run only lists what would go there."""
+    """Fills the repositories of a tag, or with --dry-run only lists what would go there. Returns
+    whether the tag is finished."""
+    kinds = [kind for kind in KINDS if cfg.stage in ("all", kind.removeprefix("hf-"))]
     found = {stage: newest(stage, tag) for stage in ("base", "sft")}
-    problem = found["base"].lacks or found["sft"].lacks
+    problem = next((found[stage].lacks for stage in found
+                    if stage in kinds and found[stage].lacks), "")
     if problem and cfg.all:
-        return print(f"{tag} is left out: {problem}")
+        print(f"{tag} is left out: {problem}")
+        return False
     if problem:
         sys.exit(f"{problem}: only finished tags are published")
-    for kind in KINDS:
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as temp:
             repo = repo_name(cfg.push, tag, kind)
             files = repo_files(kind, tag, cfg.push, found, Path(temp))
             print(repo)
             for path, file in files.items():
                 print(f"{file.stat().st_size:>15,}  {path}")
-            if not cfg.dry_run:
-                sent = retry(repo, 300, functools.partial(fill, repo, files, cfg.private))
+            if not cfg.dry_run:                             # at least at 1 MB/s
+                patience = 300 + sum(file.stat().st_size for file in files.values()) / 1e6
+                sent = retry(repo, patience, functools.partial(fill, repo, files, cfg.private))
                 print(f"{repo}: {sent} files sent, all {len(files)} checked", flush=True)
+    return True
 
 
 # ---- The hub: pull -------------------------------------------------------------------------------
@@ -371,11 +382,12 @@ def pull_checkpoint(user, tag, stage, temp):
                 return print(f"{folder} is there already: skipped")
         if here is not None:
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")
-        if files["meta"].exists():          # it is damaged; without meta, all that came is whole
-            for name in parts:
-                (folder / name).unlink(missing_ok=True)
         for name in parts + [n for n in ("metrics.jsonl", "questions.jsonl") if n in there]:
-            fetch(repo, name, folder / name, "model")
+            etag = retry(repo, 60, functools.partial(hub_file, repo, name)).etag
+            path = folder / name
+            if path.exists() and file_hash(path, git=len(etag) == 40) != etag:
+                path.unlink()               # a leftover of something else
+            fetch(repo, name, path, "model")
         meta = json.loads(fetch(repo, files["meta"].name, temp / stage, "model").read_text())
         # Checkpoints of the nanochat repo lost use_rope in fine-tuning; the tag says what it was
         said = meta.setdefault("loop_state", {}).get("use_rope")
@@ -405,10 +417,11 @@ def main(args=None):
     if cfg.pull:
         pull(cfg.pull)
     elif cfg.push:
-        trained = (base_dir() / KINDS["sft"]).glob("d*tpp*")
-        tags = sorted(folder.name for folder in trained if re.fullmatch(TAG, folder.name))
-        for tag in tags if cfg.all else [cfg.tag]:
-            push(cfg, tag)
+        trained = [*(base_dir() / KINDS["base"]).glob("*"), *(base_dir() / KINDS["sft"]).glob("*")]
+        tags = sorted({folder.name for folder in trained if re.fullmatch(TAG, folder.name)})
+        done = [push(cfg, tag) for tag in (tags if cfg.all else [cfg.tag])]
+        if not any(done):
+            sys.exit(f"no finished tag in {base_dir()} to publish")
     else:
         stages = ["base", "sft"] if cfg.stage == "all" else [cfg.stage]
         there = [stage for stage in stages if folders(stage, cfg.tag)[0].is_dir()]

@@ -280,6 +280,8 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
                 repo[file["path"]] = base64.b64decode(file["content"])
             elif line["key"] == "lfsFile":
                 repo[file["path"]] = hub.uploads[file["oid"]]
+            elif line["key"] == "deletedFile":
+                del repo[file["path"]]
         if repo and hub.damage in repo:
             repo[hub.damage], hub.damage = repo[hub.damage][:-1] + b"?", None
         return {"commitOid": "0" * 40, "commitUrl": f"{hub.url}/x/y/commit/0", "errors": [],
@@ -3228,6 +3230,44 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
     capsys.readouterr()
     export_hf.main(["--pull", f"{name}-long-hf-sft"])
     assert capsys.readouterr().out.count("there already") == 2
+    if public:                          # its fine-tuning says nothing of the rows
+        change_meta(back / "chatsft_checkpoints" / tag, 10, lambda meta: meta.pop("max_seq_len"))
+    export_hf.main(["--tag", tag, "--push", "me", "--dry-run"])
+    assert capsys.readouterr().out.count("README.md") == 4
+
+
+def test_a_push_replaces_another_step_and_keeps_what_others_have_put_there(online, own, capsys):
+    """And it sends only the stage that is asked for; --all names what is not finished."""
+    push = ["--tag", "d3_9tpp", "--push", "me", "--stage", "sft"]
+    export_hf.main(push)
+    assert set(online.repos) == {"me/nanochat-d3-9tpp-sft", "me/nanochat-d3-9tpp-hf-sft"}
+    native = online.repos["me/nanochat-d3-9tpp-sft"]
+    native["model_000004.pt"] = native["meta_000004.json"] = b"an earlier step"
+    native["NOTES.md"] = b"mine"
+    export_hf.main(push)
+    assert "NOTES.md" in native and not any("000004" in name for name in native)
+    for tag in ("d3_9tpp", "d3_9tpp_drope_50", "d3_9tpp_drope_50_long"):
+        shutil.rmtree(own / "chatsft_checkpoints" / tag)
+    with pytest.raises(SystemExit, match="no finished tag in .* to publish"):
+        export_hf.main(["--push", "me", "--all"])
+    out = capsys.readouterr().out
+    assert "d3_9tpp is left out: no checkpoint in" in out and "d3_9tpp_drope_50 is left" in out
+
+
+def test_leftovers_in_the_way_of_a_pull_are_compared(online, own, tmp_path, monkeypatch):
+    """A model without a meta file, metrics of another run: they are fetched again."""
+    export_hf.main(["--tag", "d3_9tpp", "--push", "me"])
+    folder = tmp_path / "new" / "base_checkpoints" / "d3_9tpp"
+    for name in ("model_000010.pt", "metrics.jsonl"):
+        M.atomic_write(folder / name, b"something else")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "new"))
+    export_hf.main(["--pull", "me/nanochat-d3-9tpp"])
+    for name in ("model_000010.pt", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == (
+            own / "base_checkpoints" / "d3_9tpp" / name).read_bytes()
+    assert M.newest_checkpoint(folder) == 10
+    assert not [path for path in (tmp_path / "new").rglob("*")
+                if path.suffix == ".part" or path.name.endswith(".lock") and path.name != ".lock"]
 
 
 def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, own, refused):
