@@ -1165,11 +1165,15 @@ def join_processes(env):
 
 
 def check_driver(driver_file="/proc/driver/nvidia/version"):
-    """Exits where torch has CUDA and the machine a GPU that torch cannot use: otherwise hours of
-    training would start on the CPU. CUDA_VISIBLE_DEVICES= or -1 asks for the CPU."""
+    """Exits if the machine has a GPU that torch cannot use: otherwise hours of training would start
+    on the CPU. CUDA_VISIBLE_DEVICES= or -1 asks for the CPU."""
     usable = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda is None or usable or not os.path.exists(driver_file):
+    if usable or not os.path.exists(driver_file):
         return
+    if torch.version.cuda is None:
+        sys.exit(f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a build for "
+                 "CPUs: install the default build. To use the CPU, put CUDA_VISIBLE_DEVICES= "
+                 "before the command")
     driver = re.search(r"\b(\d{3})\.[\d.]+", Path(driver_file).read_text())
     needed = {"12": 525, "13": 580}.get(torch.version.cuda.split(".")[0], 1000)
     why = ("it is not visible here (in a container, add --gpus all; under Slurm, --gres=gpu:1)")

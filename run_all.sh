@@ -29,6 +29,8 @@
 # your own text: PRETRAIN="--dataset local --data-dir my/shards". On two machines without Slurm, in
 # a folder that they share: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash run_all.sh ...
 #
+# VENV=no: the environment that is active (a container's torch) instead of .venv.
+#
 # Needs Python 3.10 with venv, or uv; for a GPU driver 580, a C compiler and Python.h. d18 at 9
 # tokens per parameter takes 30 GB and 4.8 hours of pretraining (on an H100 in bfloat16, modelled at
 # 170,000 tokens/s, not measured; the "4 hours" of the model card were FP8 runs).
@@ -85,24 +87,57 @@ tag_of() {
     echo "$tag"
 }
 
-# .venv with the packages, made once
+# .venv with the packages, made once; VENV=no takes the environment that is active
 setup() {
-    local wanted; wanted="$(cat requirements.txt requirements-dev.txt)"
+    local wanted names missing
+    if [ "${VENV:-}" = no ]; then
+        names="$(sed -n 's/^\([a-z_]*\)[=<>].*/\1/p' requirements.txt)"
+        missing="$(python -c 'import importlib.util as util, sys
+print(*[name for name in sys.argv[1:] if not util.find_spec(name)])' $names)" ||
+            die "VENV=no: there is no python in this environment"
+        [ -z "$missing" ] || die "VENV=no: this environment lacks $missing (see requirements.txt)"
+        return
+    fi
+    wanted="$(cat requirements.txt requirements-dev.txt)"
     PATH="$PWD/.venv/bin:$PATH"
+    if has_gpu && [ -e .venv/cpu ]; then
+        echo "removing .venv: it was made on a machine without a GPU, with torch's CPU build"
+        rm -rf .venv
+    fi
     if [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
         return
     fi
     [ "$NODE_RANK" = 0 ] || die "no .venv yet: the machine with NODE_RANK=0 makes it"
-    echo "installing the packages into .venv (for a GPU, gigabytes)"
-    set -- pip install -r requirements.txt -r requirements-dev.txt
+    echo "installing the packages into .venv first (for a GPU, gigabytes)"
     if command -v uv >/dev/null; then
         [ -x .venv/bin/python ] || uv venv --python '>=3.10' .venv
-        uv "$@" --python .venv/bin/python
     else
         .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
-        .venv/bin/python -m "$@" --disable-pip-version-check
     fi
+    # Not where Slurm is: there the machine that installs is not the one that trains
+    if ! has_gpu && [ "$(uname)" != Darwin ] && ! command -v sbatch >/dev/null; then
+        cpu_torch && touch .venv/cpu || echo "no CPU build of torch: installing the default one"
+    fi
+    install -r requirements.txt -r requirements-dev.txt
     printf '%s' "$wanted" > .venv/installed
+}
+
+has_gpu() { [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null; }
+
+install() {
+    if command -v uv >/dev/null; then
+        uv pip install --python .venv/bin/python "$@"
+    else
+        .venv/bin/python -m pip install --disable-pip-version-check "$@"
+    fi
+}
+
+# torch's CPU build, which spares gigabytes of CUDA, if its index answers at once
+cpu_torch() {
+    local index=https://download.pytorch.org/whl/cpu patience=(--timeout 5 --retries 0)
+    ! command -v uv >/dev/null || patience=()
+    UV_HTTP_TIMEOUT=5 UV_HTTP_RETRIES=0 install "${patience[@]}" --no-deps --index-url "$index" \
+        "$(grep '^torch==' requirements.txt)"
 }
 
 make_venv() {

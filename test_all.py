@@ -667,10 +667,10 @@ def test_two_processes_do_what_one_does(tmp_path, capsys):
 @pytest.mark.parametrize("visible, driver, says", [
     (None, "535.104.05", "is 535.104.05, .*CUDA 13.0.* needs 580 .*url.*CUDA_VISIBLE_DEVICES="),
     (None, "580.65.06", "not visible here .*--gpus all"), ("", "535.104.05", None),
-    ("-1", "535.104.05", None)])
+    ("-1", "535.104.05", None), (None, "cpu build", "is a build for CPUs")])
 def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch, tmp_path, visible, driver, says):
     """CUDA_VISIBLE_DEVICES empty or -1 asks for the CPU, and nothing is refused."""
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", None if driver == "cpu build" else "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -3876,7 +3876,8 @@ RECORD = 'echo "NAME $*" >> calls; [ "NAME $1" != "scontrol show" ] || printf "o
 def driver_env(**env):
     """The environment without what Slurm or a user's own settings would say."""
     ours = ("SLURM", "NANOCHAT", "PYTORCH_", "OMP_")
-    names = ("GPUS", "NODES", "HEAD", "NODE_RANK", "TAGS", "TOK", "PRETRAIN", "SFT", "EVAL")
+    names = ("GPUS", "NODES", "HEAD", "NODE_RANK", "TAGS", "TOK", "PRETRAIN", "SFT", "EVAL", "CHAT",
+             "VENV")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in names}
     return {**clean, **{k: str(v) for k, v in env.items()}}
 
@@ -3931,6 +3932,55 @@ def test_the_driver_refuses(clone, words, env, says):
     result = driver(folder, words, **env)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and says in result.stderr
     assert not (folder / "calls").exists()
+
+
+UV = """#!/bin/bash
+case "$1" in
+venv) mkdir -p .venv/bin; echo "#!/bin/bash" > .venv/bin/python; chmod +x .venv/bin/python;;
+pip) echo "$* PATIENCE=$UV_HTTP_TIMEOUT" >> calls; [[ "$*" != *SILENT* ]];;
+esac
+"""
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_without_a_gpu_the_cpu_build_of_torch_is_tried_first(clone, tmp_path, silent):
+    """By uv here; if its index does not answer, the default build is installed. On a machine with a
+    GPU such an environment is made again."""
+    folder, tools = clone(RECORD), tmp_path / "tools"
+    shutil.rmtree(folder / ".venv")
+    tools.mkdir()
+    for name in ("bash", "cat", "chmod", "dirname", "grep", "mkdir", "rm", "sed", "touch"):
+        (tools / name).symlink_to(shutil.which(name))
+    write_program(tools / "uname", "echo Linux")
+    (tools / "uv").write_text(UV.replace("SILENT", "index-url" if silent else "nothing"))
+    (tools / "uv").chmod(0o755)
+
+    def installs():
+        """What is installed for `run_all.sh status`, and what that prints."""
+        result = subprocess.run([shutil.which("bash"), folder / "run_all.sh", "status"], text=True,
+                                cwd=folder, capture_output=True,
+                                env={**driver_env(), "PATH": str(tools)})
+        assert result.returncode == 0, result.stderr
+        return calls(folder) if (folder / "calls").exists() else [], result.stdout
+    (cpu, rest), said = installs()
+    assert "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==" in cpu
+    assert cpu.endswith("PATIENCE=5")
+    assert rest.endswith("-r requirements.txt -r requirements-dev.txt PATIENCE=")
+    assert ("installing the default one" in said) == silent
+    assert (folder / ".venv" / "cpu").exists() != silent
+    assert installs()[0] == []                              # it is there already
+    write_program(tools / "nvidia-smi", "true")
+    assert len(installs()[0]) == (0 if silent else 1)
+
+
+def test_the_active_environment_is_used_if_nothing_is_missing(clone):
+    folder = clone(RECORD)
+    (folder / "requirements.txt").unlink()                  # a link
+    (folder / "requirements.txt").write_text("# needed\ntorch==2.13.0\nno_such_package>=1\n")
+    env = {**driver_env(VENV="no"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", folder / "run_all.sh", "status"], cwd=folder, env=env,
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and "lacks no_such_package" in result.stderr
 
 
 def test_an_empty_argument_is_refused_and_a_base_folder_may_begin_with_a_dash(clone):
