@@ -461,6 +461,8 @@ def guard(main):
     except BrokenPipeError:                                 # `| head`: the reader has enough
         discard_output()
         code = 128 + signal.SIGPIPE
+    except ModuleNotFoundError as e:
+        code = f"{one_line(e)}: pip install -r requirements.txt -r requirements-dev.txt"
     except OSError as e:
         code = one_line(e)
     except (MemoryError, torch.OutOfMemoryError) as e:

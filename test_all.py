@@ -3254,6 +3254,12 @@ def test_a_push_replaces_another_step_and_keeps_what_others_have_put_there(onlin
     assert "d3_9tpp is left out: no checkpoint in" in out and "d3_9tpp_drope_50 is left" in out
 
 
+def test_a_package_that_is_missing_is_named(own, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    refused(export_hf, ["--tag", "d3_9tpp", "--push", "me", "--dry-run"],
+            ["jinja2", "pip install -r requirements.txt -r requirements-dev.txt"], own)
+
+
 def test_leftovers_in_the_way_of_a_pull_are_compared(online, own, tmp_path, monkeypatch):
     """A model without a meta file, metrics of another run: they are fetched again."""
     export_hf.main(["--tag", "d3_9tpp", "--push", "me"])
