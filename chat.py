@@ -54,7 +54,7 @@ def calculator(call):
             warnings.simplefilter("ignore")
             value = eval(call, {"__builtins__": {}})
         if abs(value) < 1e15:                               # neither infinite nor nan
-            return str(int(value)) if value == int(value) else str(round(value, 10))
+            return f"{round(value, 10) + 0:.10f}".rstrip("0").rstrip(".")
     except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         pass
     return None
@@ -63,7 +63,7 @@ def calculator(call):
 # ---- A model and its chat format -----------------------------------------------------------------
 
 class Chat:
-    """A fine-tuned model, its tokenizer, and what one writes to the other."""
+    """A fine-tuned model, its tokenizer, and the chat format between them."""
 
     def __init__(self, tag, env):
         found = [base for base in (base_dir(), base_dir() / "tiny")
@@ -78,13 +78,13 @@ class Chat:
         return self.enc.encode_single_token(f"<|{name}|>")
 
     def question(self, text):
-        """The ids of a user's turn, up to where the answer begins."""
+        """The ids of a question, up to where the answer begins."""
         return [self.special("user_start"), *encode(self.enc, [text])[0], self.special("user_end"),
                 self.special("assistant_start")]
 
     def answer(self, texts, n, choose=most_likely, cache=None):
-        """generate(), for texts that end where an answer begins: yields the next id of each, until
-        all answers have ended. A call to Python is followed by its result."""
+        """generate(), for texts that end where an answer begins: yields the next id of each, n
+        times or until all answers have ended. A call to Python is followed by its result."""
         call_start, call_end = self.special("python_start"), self.special("python_end")
         outside = [self.special(name) for name in ("bos", "user_start", "user_end",
                                                    "assistant_start", "assistant_end")]
@@ -94,7 +94,7 @@ class Chat:
             for b, row in enumerate(rows):
                 if forced[b]:                               # what Python has said
                     ids[b] = forced[b].pop(0)
-                elif ids[b] in outside:                     # stands in no answer, or ends it
+                elif ids[b] in outside:                     # the end, or not allowed in an answer
                     ids[b], ended[b] = self.special("assistant_end"), True
                 elif ids[b] == call_end and call_start in row:
                     start = len(row) - row[::-1].index(call_start)
@@ -113,7 +113,7 @@ def sampler(temperature, top_k, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits):
-        top, ids = logits.cpu().topk(min(top_k, logits.size(-1)))           # (B, k), sorted
+        top, ids = logits.cpu().double().topk(min(top_k, logits.size(-1)))  # (B, k), sorted
         probs = F.softmax((top - top[:, :1]) / temperature, dim=-1)
         return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
@@ -136,22 +136,22 @@ class Conversation:
 
     def ask(self, text):
         """Yields the answer's ids, as they are made. Whether it ends by itself, at its limit, or
-        where nobody wants to hear more, the conversation stays well formed."""
+        because the caller stops it, the conversation stays well formed. ValueError if the question
+        is too long."""
         turn = self.chat.question(text)
         if 1 + len(turn) + self.room > self.limit:
-            print(f"that has {len(turn)} tokens, and the model takes {self.limit - self.room - 1} "
-                  "and an answer: say it in fewer words", file=sys.stderr)
-            return
+            raise ValueError(f"that has {len(turn)} tokens, and the model takes "
+                             f"{self.limit - self.room - 1} and an answer: say it in fewer words")
         self.turns.append(turn)
-        dropped = 0
-        while len(self.ids()) + self.room > self.limit:
-            dropped += 1
-            del self.turns[0]
-        if dropped:
-            self.cache.lengths.zero_()                      # all that is left moves
-            print(f"(the conversation is too long: its first {dropped} turns are forgotten)",
-                  file=sys.stderr)
         try:
+            dropped = 0
+            while len(self.ids()) + self.room > self.limit:
+                self.cache.lengths.zero_()                  # the other tokens change position
+                dropped += 1
+                del self.turns[0]
+            if dropped:
+                print(f"(the conversation is too long: its first {dropped} turns are forgotten)",
+                      file=sys.stderr)
             for [token] in self.chat.answer([self.ids()], self.room, self.choose, self.cache):
                 turn.append(token)
                 yield token
@@ -159,19 +159,23 @@ class Conversation:
             self.close(turn)
 
     def close(self, turn):
-        """Ends an answer that was cut short, without a call or output that it had only begun."""
-        for start, end in (("python_start", "python_end"), ("output_start", "output_end")):
-            start, end = self.chat.special(start), self.chat.special(end)
-            if turn.count(start) > turn.count(end):
-                del turn[len(turn) - 1 - turn[::-1].index(start):]
+        """Ends an answer that was cut short, without a call to Python that had not come to the end
+        of its output."""
+        def last(name):
+            token = self.chat.special(name)
+            return len(turn) - 1 - turn[::-1].index(token) if token in turn else -1
+
+        if (last("python_start") > last("python_end") or last("output_start") > last("output_end")
+                or turn[-1] == self.chat.special("python_end")):
+            del turn[last("python_start"):]
         if turn[-1] != self.chat.special("assistant_end"):
             turn.append(self.chat.special("assistant_end"))
-        self.cache.lengths.clamp_(max=len(self.ids()) - 1)  # what was cut is not read either
+        self.cache.lengths.clamp_(max=len(self.ids()) - 1)  # without what was cut
 
 
 def show(chat, tokens):
-    """Prints an answer while it is being made, a call to Python as <<12*3=36>>."""
-    shown = {"python_start": "<<", "python_end": "=", "output_end": ">>"}
+    """Prints an answer while it is being made, a call to Python as <<12*3>>[36]."""
+    shown = {"python_start": "<<", "python_end": ">>", "output_start": "[", "output_end": "]"}
     shown = {chat.special(name): text for name, text in shown.items()}
     characters = codecs.getincrementaldecoder("utf-8")("replace")       # of one or more tokens each
     specials = chat.enc._special_tokens.values()
@@ -187,7 +191,6 @@ def show(chat, tokens):
 def talk(chat, conversation):
     with suppress(ImportError):                             # it gives input() arrow keys
         import_module("readline")
-    sys.stdin.reconfigure(errors="replace")
     print(f"{chat.folder}. Ctrl-C interrupts an answer, /clear starts over, Ctrl-D quits.")
     while True:
         try:
@@ -199,6 +202,8 @@ def talk(chat, conversation):
                 print("that is not UTF-8: say it again")
             elif text:
                 show(chat, conversation.ask(text))
+        except ValueError as e:
+            print(e)
         except KeyboardInterrupt:
             print()
         except EOFError:
@@ -229,13 +234,13 @@ def letters_only(chat, questions):
 
 def score(chat, examples, n, at_once):
     """Asks questions whose answers are known, greedily, those of like length together. examples:
-    [(question, answer), ...]; n: tokens of an answer at most, 1 to choose a letter."""
+    [(question, answer), ...]; n: tokens of an answer at most, 0 to choose a letter."""
     examples, given = sorted(examples, key=lambda pair: len(pair[0])), []
     for i in range(0, len(examples), at_once):
         questions = [question for question, _ in examples[i:i + at_once]]
         texts = [[chat.special("bos"), *chat.question(question)] for question in questions]
-        choose = letters_only(chat, questions) if n == 1 else most_likely
-        given += zip(*chat.answer(texts, n, choose))        # the ids of each answer
+        choose = most_likely if n else letters_only(chat, questions)
+        given += zip(*chat.answer(texts, n or 1, choose))   # the ids of each answer
     end, records = chat.special("assistant_end"), []
     for (question, expected), ids in zip(examples, given):
         stops = end in ids
@@ -256,6 +261,8 @@ def read_questions(path):
             right = final_answer(answer["content"])
             if right is None or not isinstance(question["content"], str):
                 raise ValueError("a question without text, or an answer without a result")
+            if record["source"] == "mmlu" and not re.search("=[A-H]$", question["content"], re.M):
+                raise ValueError("multiple choice without choices")
             kinds.setdefault(record["source"], []).append((question["content"], right))
     except (ValueError, LookupError, TypeError) as e:
         sys.exit(f"{path} is damaged ({one_line(e)}): sft.py writes it")
@@ -281,7 +288,7 @@ def score_tag(tag, config, env):
         if kind in kinds:
             some = kinds[kind]
             some = random.Random(42).sample(some, min(len(some), config.questions))
-            n = 1 if kind == "mmlu" else config.max_tokens
+            n = 0 if kind == "mmlu" else config.max_tokens
             found = results.part([kind], score, chat, some, n, at_once)
             cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*found["rate"]) + f" of {found['n']}")
         else:
@@ -307,12 +314,16 @@ def main():
     chat = Chat(config.tags[0], env)
     choose = sampler(config.temperature, config.top_k, config.seed)
     conversation = Conversation(chat, config.max_tokens, choose)
+    sys.stdin.reconfigure(errors="replace")                 # bytes that are not UTF-8
     if not config.prompt and sys.stdin.isatty():
         return talk(chat, conversation)
-    prompt = config.prompt or sys.stdin.read().strip()
+    prompt = (config.prompt or sys.stdin.read()).strip()
     if not prompt:
         sys.exit("nothing to answer: give --prompt TEXT, or text on stdin")
-    show(chat, conversation.ask(prompt))
+    try:
+        show(chat, conversation.ask(prompt))
+    except ValueError as e:
+        sys.exit(str(e))
 
 
 if __name__ == "__main__":

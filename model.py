@@ -359,8 +359,8 @@ class KVCache:
             raise ValueError(f"{longest + T} tokens do not fit into a cache of {S}")
         positions = self.lengths.to(self.slots.device).view(B, 1) + self.slots[:T]
         self.places = positions.view(B, 1, T, 1).expand(B, n_head, T, head_dim)
-        self.mask = None                # of an empty cache: the usual causal one will do
-        if longest > 0:                 # else a token attends to its row's, up to itself
+        self.mask = None                # an empty cache needs none but the usual causal mask
+        if longest > 0:                 # else each token attends to its row, up to and with itself
             filled = math.ceil((longest + T) / 64) * 64     # few shapes: kernels are chosen by them
             self.mask = self.slots[:filled] <= positions.view(B, 1, T, 1)   # (B, 1, T, filled)
         return positions
@@ -387,9 +387,9 @@ def generate(model, texts, n, choose=most_likely, cache=None):
     """Continues B texts, lists of ids. Yields n times a list of B ids, the next one of each text.
 
     The texts are read one by one, as they differ in length; then all grow together, by a token a
-    step. The caller may replace ids in a list it gets: the texts go on with what stands there.
-    choose: from logits (B, V) to ids (B,). cache: of an earlier call, if it holds the beginnings of
-    these texts; only the rest is computed."""
+    step. The caller may replace ids in a list it gets: generation continues from those. choose:
+    from logits (B, V) to ids (B,). cache: of an earlier call, if it holds the beginnings of these
+    texts; only the rest, at least one token, is computed."""
     device = model.lm_head.weight.device
     cache = cache or KVCache(model, len(texts), max(map(len, texts)) + n)
     logits = []
@@ -1052,6 +1052,8 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
     lock_path = dest.with_name(f".{dest.name}.lock")
 
     def download():
+        if part.is_file():                          # of another program
+            part.unlink()
         if part.exists():                           # an earlier attempt, perhaps another program's
             kept = sum(path.stat().st_size for path in part.rglob("*.incomplete"))
             then = f"going on after {kept:,} bytes" if kept else "starting from zero"
