@@ -4,7 +4,7 @@
     python chat.py d18_9tpp_drope_50 --prompt "Hi!"     # one answer (without --prompt: to stdin)
     python chat.py d18_9tpp d18_9tpp_drope_50 --score   # MMLU, GSM8K, SpellingBee: a table
 
-In a conversation Ctrl-C interrupts an answer, /clear starts over, Ctrl-D quits. Reads
+In a conversation Ctrl-C interrupts an answer, /clear starts over, /quit ends. Reads
 chatsft_checkpoints/TAG and the tokenizer. Scoring asks the held-out questions that sft.py has left
 there, writes chat.json beside them, and takes about 10 minutes a model on an H100 (estimated).
 
@@ -19,9 +19,9 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from model import (KVCache, Results, base_dir, checkpoint_steps, encode, file_hash, generate, guard,
-                   load_model, most_likely, one_line, parse_config, read_lines, setup_env,
-                   tokenizer_of, weights_hash, wilson)
+from model import (KVCache, Results, base_dir, checkpoint_steps, encode, file_hash, folder_of,
+                   generate, guard, load_model, most_likely, one_line, parse_config, read_lines,
+                   setup_env, tokenizer_of, weights_hash, wilson)
 
 
 @dataclass
@@ -67,9 +67,9 @@ class Chat:
 
     def __init__(self, tag, env):
         found = [base for base in (base_dir(), base_dir() / "tiny")
-                 if checkpoint_steps(base / "chatsft_checkpoints" / tag)]
+                 if checkpoint_steps(folder_of("sft", tag, base))]
         base = found[0] if found else base_dir()
-        self.folder = base / "chatsft_checkpoints" / tag
+        self.folder = folder_of("sft", tag, base)
         self.model, meta = load_model(self.folder, env.device, env.dtype)
         self.enc, self.step = tokenizer_of(meta, base), meta["step"]
 
@@ -191,10 +191,12 @@ def show(chat, tokens):
 def talk(chat, conversation):
     with suppress(ImportError):                             # it gives input() arrow keys
         import_module("readline")
-    print(f"{chat.folder}. Ctrl-C interrupts an answer, /clear starts over, Ctrl-D quits.")
+    print(f"{chat.folder}. Ctrl-C interrupts an answer, /clear starts over, Ctrl-D or /quit ends.")
     while True:
         try:
             text = input("> ").strip()
+            if text == "/quit":
+                return
             if text == "/clear":
                 conversation.turns.clear()
                 conversation.cache.lengths.zero_()
@@ -314,10 +316,13 @@ def main():
     chat = Chat(config.tags[0], env)
     choose = sampler(config.temperature, config.top_k, config.seed)
     conversation = Conversation(chat, config.max_tokens, choose)
-    sys.stdin.reconfigure(errors="replace")                 # bytes that are not UTF-8
-    if not config.prompt and sys.stdin.isatty():
-        return talk(chat, conversation)
-    prompt = (config.prompt or sys.stdin.read()).strip()
+    prompt = config.prompt
+    if not prompt and sys.stdin:                            # None if it is closed
+        sys.stdin.reconfigure(errors="replace")             # bytes that are not UTF-8
+        if sys.stdin.isatty():
+            return talk(chat, conversation)
+        prompt = sys.stdin.read()
+    prompt = prompt.strip()
     if not prompt:
         sys.exit("nothing to answer: give --prompt TEXT, or text on stdin")
     try:

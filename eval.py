@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (ROPE_THETA, Results, atomic_write, base_dir, encode, fetch, file_hash, guard,
-                   load_model, one_line, parse_config, read_lines, results_of, rotary_tables,
+from model import (ROPE_THETA, Results, atomic_write, base_dir, encode, fetch, file_hash, folder_of,
+                   guard, load_model, one_line, parse_config, read_lines, results_of, rotary_tables,
                    setup_env, text_column, token_bytes, tokenizer_hash, tokenizer_of, weights_hash,
                    wilson)
 
@@ -273,11 +273,6 @@ def needles(model, texts, contexts, cropped, kind, prompts):
 
 # ---- One tag after the other ---------------------------------------------------------------------
 
-def folder_of(tag):
-    """A _long tag is another fine-tuning of the base model without _long."""
-    return base_dir() / "base_checkpoints" / tag.removesuffix("_long")
-
-
 def validation_shard(meta):
     """(path, text column) of the very file that the run was validated on. A missing ClimbMix shard
     is downloaded."""
@@ -304,7 +299,8 @@ def evaluate(folder, name, sizes, env):
     if not texts.documents or len(texts.documents[0]) < n_train:
         sys.exit(f"{shard} has no document of {n_train} tokens to test on")
     key = dict(sha256=weights_hash(folder, meta["step"]), use_rope=model.use_rope,
-               conditions=f"{texts.name} {column} {n_train} {sizes} {SCALES}")
+               conditions=f"{model.num_scaling_params():,} parameters, {n_train} tokens, "
+                          f"{texts.name} {column} {sizes} {SCALES}")
     results, beyond = Results(folder / name, key), [m for m in sizes.contexts if m > 1]
     for arm, (scaling, without_c) in ARMS.items():
         if scaling and not model.use_rope:
@@ -397,42 +393,56 @@ def make_tables(base, contexts, prompts):
 
 
 def conclude(base, longest):
-    """What the tables say of the longest context, a line for needles and one for text: the best arm
-    against the best control. Controls are cropping and, if there are models without RoPE, all arms
-    of those with it."""
-    conditions, lines = next(iter(base.values()))["key"]["conditions"], []
-    comparable = {tag: result for tag, result in base.items()
-                  if result["key"]["conditions"] == conditions}
-    without_rope = any(not result["key"]["use_rope"] for result in comparable.values())
-    for test, value, sign in (("multi-key", "rate", 1), ("text", "bpb", -1)):
-        arms, controls = [], []
-        for tag, result in comparable.items():
-            for arm in result["parts"]:
-                summary = tested(result, arm, test).get(longest)
-                is_control = arm == "cropped" or without_rope and result["key"]["use_rope"]
-                if summary:
-                    entry = sign * summary[value][0], f"{tag}, {arm}", summary
-                    (controls if is_control else arms).append(entry)
-        if arms and controls:
-            (_, name, a), (_, control, b) = (max(some, key=lambda entry: entry[0])
-                                             for some in (arms, controls))
-            lines.append(f"{longest}x, {test}: {a[value][0]:.3f} ({name}), best control "
-                         f"{b[value][0]:.3f} ({control}); {compare(test, a, b)}")
+    """What the tables say of the longest context, for each group of models that can be compared:
+    those of one size, tested on the same texts."""
+    groups = {}
+    for tag, result in base.items():
+        groups.setdefault(result["key"]["conditions"], {})[tag] = result
+    lines = []
+    for group in groups.values():
+        lines += ["", f"{', '.join(group)} at {longest}x:", ""]
+        lines += [best_against_control(group, longest, test) for test in ("multi-key", "text")]
     return lines
 
 
+def best_against_control(group, longest, test):
+    """A line: the best arm against the best control. Controls are cropping and, if there are models
+    without RoPE, all arms of those with it."""
+    value = (lambda summary: -summary["bpb"][0]) if test == "text" else (
+        lambda summary: summary["rate"][0])
+    without_rope = any(not result["key"]["use_rope"] for result in group.values())
+    arms, controls = [], []
+    for tag, result in group.items():
+        for arm in result["parts"]:
+            summary = tested(result, arm, test).get(longest)
+            is_control = arm == "cropped" or without_rope and result["key"]["use_rope"]
+            if summary:
+                (controls if is_control else arms).append((value(summary), f"{tag}, {arm}", summary))
+    if not arms or not controls:
+        return f"- {test}: nothing to compare"
+    (a, name, summary), (b, control, control_summary) = (
+        max(some, key=lambda entry: entry[0]) for some in (arms, controls))
+    if test != "text" and a == b == 0:
+        return f"- {test}: no arm finds anything"
+    return (f"- {test}: {abs(a):.3f} ({name}), best control {abs(b):.3f} ({control}): "
+            f"{compare(test, summary, control_summary)}")
+
+
 def compare(test, a, b):
-    """Whether two summaries differ at the 5% level."""
+    """Whether a is better or worse than b at the 5% level, two summaries of a test."""
     if test == "text":
         interval = change(a, b)
         if len(interval) == 1:
             return f"{a['n']} documents are too few for an interval"
-        differ = interval[1] > 0 or interval[2] < 0
+        differ, better = interval[1] > 0 or interval[2] < 0, interval[0] < 0
         how = f"paired interval of the difference: {cell(interval, '{:+.3f}')}"
     else:
         p = mcnemar(a["found"], b["found"])
-        differ, how = p < 0.05, f"McNemar's test, p = {p:.2g}"
-    return f"{'a' if differ else 'no'} significant difference ({how})"
+        differ, better = p < 0.05, sum(a["found"]) > sum(b["found"])
+        how = f"McNemar's test, p = {p:.2g}"
+    if not differ:
+        return f"no significant difference ({how})"
+    return f"significantly {'better' if better else 'worse'} ({how})"
 
 
 # ---- The figures ---------------------------------------------------------------------------------
@@ -444,12 +454,16 @@ NTK_LOOK = dict(color="#cc79a7", marker="s", ls="--")
 CROPPED_LOOK = dict(color="#000000", marker="x", ls=":")
 
 
-def families(tags):
-    """{tag without drope: [(percent of the steps with RoPE, tag, look), ...]}, RoPE (100) first."""
+def families(base):
+    """{tag without drope: [(percent of the steps with RoPE, tag, look), ...]}, RoPE (100) first.
+    The percent is None for a model without RoPE whose name does not say when it was dropped."""
     found = {}
-    for tag in sorted(tags):
-        family, percent = re.fullmatch(r"(.*?)(?:_drope_(\d+))?", tag).groups()
-        percent = int(percent or 100)
+    for tag in sorted(base):
+        family, _, percent = tag.partition("_drope_")
+        if percent.isdecimal():
+            percent = int(percent)
+        else:
+            percent = 100 if base[tag]["key"]["use_rope"] else None
         found.setdefault(family, []).append((percent, tag, LOOKS.get(percent, OTHER_LOOK)))
     return found
 
@@ -495,7 +509,8 @@ def draw_drop(base, contexts, plt):
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for ax, arm in zip(axes, ("as trained", "c fitted")):
         for i, (family, members) in enumerate(families(base).items()):
-            found = {percent: tested(base[tag], arm, "multi-key") for percent, tag, _ in members}
+            found = {percent: tested(base[tag], arm, "multi-key")
+                     for percent, tag, _ in members if percent is not None}
             line(ax, family, dict(color=f"C{i}", marker="o"),
                  {percent: summaries[contexts[-1]]["rate"]
                   for percent, summaries in sorted(found.items()) if contexts[-1] in summaries})
@@ -512,7 +527,7 @@ def draw_training(base, _, plt):
         seen = []
         for _, tag, look in members:
             names = "val_bpb", "val_bpb_with_rope", "val_bpb_without_rope"
-            records = read_lines(folder_of(tag) / "metrics.jsonl", {"step": int},
+            records = read_lines(folder_of("base", tag) / "metrics.jsonl", {"step": int},
                                  dict.fromkeys(names, float))
             points = [(record["step"], record[name])
                       for record in records for name in names if name in record]
@@ -556,14 +571,14 @@ def main():
         env = setup_env(compile=0)
         for tag in cfg.tags:
             print(f"{tag}, on {env.device}", flush=True)
-            evaluate(folder_of(tag), name, sizes, env)
+            evaluate(folder_of("base", tag), name, sizes, env)
     base = {}
     for tag in cfg.tags:
-        key, parts = results_of(folder_of(tag), name)
+        key, parts = results_of(folder_of("base", tag), name)
         if "c fitted" not in parts:
             sys.exit(f"{tag} is not evaluated: leave it out, or first run `python eval.py {tag}"
                      f"{' --quick' if cfg.quick else ''}`")
-        base[folder_of(tag).name] = dict(key=key, parts=parts)
+        base[folder_of("base", tag).name] = dict(key=key, parts=parts)
     folder, end = base_dir() / "eval", "_quick" if cfg.quick else ""
     contexts = [f"{m:g}" for m in sizes.contexts]
     tables = make_tables(base, contexts, sizes.prompts)

@@ -6,32 +6,27 @@
     python export_hf.py --pull USER/nanochat-d18-9tpp           # a published tag, to train on here
 
 Takes base_checkpoints/TAG, chatsft_checkpoints/TAG (a _long tag shares the base of the tag without
-_long) and tokenizer. Gives, in seconds, folders for AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True), the same byte for byte whenever they are made. An export appears whole or
-not at all, and is made again where a byte is wrong. Uploads and downloads are compared with the
-hub's hashes; run an interrupted one again. HF_TOKEN or `hf auth login` authenticates you.
+_long) and the tokenizer. Writes, in seconds, folders that transformers loads with
+AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). The same checkpoint always
+gives the same bytes; an export with a wrong byte is made again, and no reader sees half of one.
+Uploads and downloads are compared with the hub's hashes. An interrupted one resumes when the same
+command is run again. HF_TOKEN or `hf auth login` authenticates you.
 """
-import signal, sys
-if __name__ == "__main__":                                  # Ctrl-C while Python imports
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import base64, functools, hashlib, itertools, json, os, pickle, re, shutil, tempfile, types
+import base64, contextlib, functools, json, os, pickle, re, shutil, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
 
-from model import (Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, fetch, file_hash,
-                   guard, hub_file, load_part, load_tokenizer, lock_file, newest_checkpoint,
-                   parse_config, read_lines, read_meta, results_of, retry, token_bytes,
-                   tokenizer_hash, tokenizer_of, weights_hash)
+from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, fetch,
+                   file_hash, folder_of, guard, load_part, load_tokenizer, lock_file,
+                   newest_checkpoint, parse_config, parse_tag, read_lines, read_meta, results_of,
+                   retry, token_bytes, tokenizer_hash, tokenizer_of, unfinished, weights_hash)
 
 HERE = Path(__file__).parent
-TAG = r"d\d+_\d+(?:\.\d+)?tpp(?:_drope_\d+)?(?:_long)?"
 STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}      # what ends a text that a model writes
-# The four repositories of a tag, by the end of their names: ours, and the nanochat series' own
-KINDS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "hf-base": "hf-base",
-         "hf-sft": "hf-sft"}
 
 
 @dataclass
@@ -156,75 +151,70 @@ def export_files(source):
              "model.safetensors": save(weights, {"format": "pt"})}
     if source.stage == "sft":
         files["chat_template.jinja"] = (HERE / "templates/chat_template.jinja").read_bytes()
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    about = {"step": source.step, "finished": not source.lacks, "files": hashes}
+    about = {"step": source.step, "finished": not source.lacks}
     return {**files, "export.json": dump(about)}
 
 
-def folders(stage, tag):
-    """(checkpoints, export) of a tag; long-context models share the base of the others."""
-    name = tag if stage == "sft" else tag.removesuffix("_long")
-    return base_dir() / KINDS[stage] / name, base_dir() / f"hf_{stage}" / name
+class Source(NamedTuple):
+    """A model to export: its newest undamaged checkpoint."""
+    stage: str          # base or sft
+    folder: Path
+    dest: Path          # of the export
+    step: int           # None if there is no checkpoint
+    meta: dict
+    lacks: str          # why it must not be published, or ""
 
 
-def newest(stage, tag):
-    """A tag's newest undamaged checkpoint, if any, and what it lacks to be published, in words."""
-    folder, dest = folders(stage, tag)
-    step, meta, lacks = newest_checkpoint(folder), {}, f"no checkpoint in {folder}"
-    if step is not None:
-        meta, lacks = read_meta(folder, step), ""
-        steps = meta.get("steps", step)     # the nanochat repo's own metas say neither of the two
-        if step != steps or not meta.get("finished", True):
-            lacks = f"{folder} is unfinished, at step {step} of {steps}"
-    return types.SimpleNamespace(stage=stage, folder=folder, dest=dest, step=step, meta=meta,
-                                 lacks=lacks)
+def find_source(stage, tag):
+    folder, dest = folder_of(stage, tag), folder_of(f"hf-{stage}", tag)
+    step = newest_checkpoint(folder)
+    if step is None:
+        return Source(stage, folder, dest, step, {}, f"no checkpoint in {folder}")
+    meta = read_meta(folder, step)
+    return Source(stage, folder, dest, step, meta, unfinished(folder, meta))
 
 
-def settle(temp, dest):
-    """Cleans up after an export, also an interrupted one: there is always an old or a new folder,
-    and the new one gets the files that somebody else has put into the old one."""
+def settle(temp, dest, ours):
+    """Cleans up after an export, or after one that was killed. If it came to the new folder, that
+    gets the files that somebody else has put into the old one; if not, the old folder returns."""
     old = temp / "old"
     if old.exists() and not dest.exists():
         os.rename(old, dest)
     if old.exists():
-        try:
-            ours = json.loads((old / "export.json").read_text())["files"].keys() | {"export.json"}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            ours = set()
         for path in old.iterdir():
-            if path.name not in ours and not (dest / path.name).exists():
+            if path.name not in ours:
                 os.rename(path, dest / path.name)
     shutil.rmtree(temp, ignore_errors=True)
 
 
 def export(source):
-    """Makes the export of newest()'s checkpoint, unless just that is there; returns its files."""
+    """Exports a model, unless its export is there already; returns the names of the files."""
     dest, temp = source.dest, source.dest.with_name(f".{source.dest.name}.temp")
     if source.step is None:
         sys.exit(f"{source.lacks}: `bash run_all.sh {dest.name}` trains that model")
     if dest.exists() and not dest.is_dir():
         sys.exit(f"{dest} is a file: move it away, an export is a folder")
-    with lock_file(dest.with_name(f".{dest.name}.lock"), wait=600):    # of two at once, one waits
-        settle(temp, dest)                                  # of an export that was killed
-        files = export_files(source)
-        paths = {dest / name: content for name, content in files.items()}
-        if all(path.exists() and path.read_bytes() == paths[path] for path in paths):
+    files = export_files(source)
+    busy = f"another process has been exporting to {dest} for 10 minutes: wait for it"
+    with lock_file(dest.with_name(f".{dest.name}.lock"), busy, patience=600):
+        settle(temp, dest, files)
+        if all((dest / name).exists() and (dest / name).read_bytes() == content
+               for name, content in files.items()):
             print(f"{dest} is up to date (step {source.step}): skipped")
             return list(files)
         if dest.exists() and source.lacks:
-            sys.exit(f"{source.lacks}: an unfinished model does not replace {dest}. Finish the "
-                     "training first, or delete that folder")
+            sys.exit(f"{source.lacks}; until then {dest} stays as it is")
         if dest.exists():
-            print(f"{dest} is damaged or out of date: exported again", file=sys.stderr)
+            print(f"{dest} is damaged or out of date: exporting again", file=sys.stderr)
         try:
             for name, content in files.items():
                 atomic_write(temp / "new" / name, content)
-            if dest.exists():               # a folder cannot be replaced in one go
+            if dest.exists():                               # os.rename cannot replace a folder
                 os.rename(dest, temp / "old")
             os.rename(temp / "new", dest)
         finally:
-            settle(temp, dest)
-    print(f"{source.folder} step {source.step} -> {dest}", "(unfinished)" * bool(source.lacks))
+            settle(temp, dest, files)
+    print(f"{source.folder} step {source.step} -> {dest}", "(unfinished)" if source.lacks else "")
     return list(files)
 
 
@@ -234,169 +224,157 @@ def repo_name(user, tag, kind):
     return f"{user}/nanochat-{tag}-{kind}".replace("_", "-")
 
 
-def card(kind, tag, user, found):
-    """README.md of a repository: templates/model_card.jinja, filled in. found: as in push()."""
+def card(kind, tag, user, sources):
+    """README.md of a repository: templates/model_card.jinja, filled in. sources: {stage: Source}"""
     import jinja2
-    _, tested = results_of(found["base"].folder, "eval.json")
+    _, tested = results_of(sources["base"].folder, "eval.json")
     numbers = {"val_bpb_with_rope": float, "val_bpb_without_rope": float}
-    lines = read_lines(found["base"].folder / "metrics.jsonl", {"step": int}, numbers)
+    lines = read_lines(sources["base"].folder / "metrics.jsonl", {"step": int}, numbers)
     text = (HERE / "templates" / "model_card.jinja").read_text("utf-8")
     return jinja2.Template(text, trim_blocks=True, lstrip_blocks=True).render(
         kind=kind, tag=tag, user=user, repo_name=repo_name,
-        metas={stage: source.meta for stage, source in found.items()},
+        metas={stage: source.meta for stage, source in sources.items()},
         jump=next((line for line in lines if line.keys() >= numbers.keys()), None),
         logn_scale=tested.get("c fitted", {}).get("fit", {}).get("c"))
 
 
-def repo_files(kind, tag, user, found, temp):
-    """What belongs into a repository: its path there -> a file here, some of them new in temp."""
-    source, files = found[kind.removeprefix("hf-")], {"README.md": temp / "README.md"}
-    atomic_write(files["README.md"], card(kind, tag, user, found) + "\n")
+def gather(kind, tag, user, sources, folder):
+    """Makes `folder` what belongs into a repository: links to the model's files, and new ones."""
+    source = sources[kind.removeprefix("hf-")]
+    atomic_write(folder / "README.md", card(kind, tag, user, sources) + "\n")
     if kind.startswith("hf-"):
-        return {**files, **{name: source.dest / name for name in export(source)}}
-    parts = checkpoint_files(source.folder, source.step)
-    paths = [parts["model"], parts["optim"], parts["meta"], source.folder / "metrics.jsonl",
-             source.folder / "questions.jsonl"]
-    enc = load_tokenizer(base_dir() / "tokenizer")
-    atomic_write(temp / "tokenizer.pkl", pickle.dumps(enc, protocol=4))
-    atomic_write(temp / "token_bytes.pt", functools.partial(torch.save, token_bytes(enc).int()))
-    for name in ("tokenizer.pkl", "token_bytes.pt"):
-        files[f"tokenizer/{name}"] = temp / name
-    return {**files, **{path.name: path for path in paths if path.exists()}}
+        paths = [source.dest / name for name in export(source)]
+    else:
+        files = checkpoint_files(source.folder, source.step)
+        paths = [files["model"], files["optim"], files["meta"], source.folder / "metrics.jsonl",
+                 source.folder / "questions.jsonl"]
+        enc = load_tokenizer(base_dir() / "tokenizer")      # as the nanochat repo reads it
+        atomic_write(folder / "tokenizer" / "tokenizer.pkl", pickle.dumps(enc, protocol=4))
+        atomic_write(folder / "tokenizer" / "token_bytes.pt",
+                     functools.partial(torch.save, token_bytes(enc).int()))
+    for path in paths:
+        if path.exists():
+            (folder / path.name).symlink_to(path.resolve())
 
 
-def fill(repo, files, private):
-    """Replaces the files of a repository, those of another step too, in one commit; then compares
-    all with the hub's hashes. Returns how many were sent."""
+def upload(repo, folder, private):
+    """Brings the files of a folder to a repository in one commit, which also deletes those of other
+    steps. What the hub has already is not sent again; what arrived is compared with its hashes."""
     api = huggingface_hub.HfApi()
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo).private:
         sys.exit(f"{repo} is public already: make it private on the hub, or leave out --private")
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message="nanochat miniseries",
+                      delete_patterns=["model_*", "optim_*", "meta_*"])
+    for name, expected in hub_hashes(api, repo).items():
+        path = folder / name
+        if path.is_file() and file_hash(path, git=len(expected) == 40) != expected:
+            raise ConnectionError(f"what arrived of {name} is not what was sent")
 
-    def differing():
-        """What the hub lacks, {path: file}, and what it has of another step, [path]."""
-        new, old = dict(files), []
-        for entry in api.list_repo_tree(repo, recursive=True):
-            if entry.path in files:                         # git's hash for small files
-                there = entry.lfs.sha256 if entry.lfs else entry.blob_id
-                if file_hash(files[entry.path], git=not entry.lfs) == there:
-                    del new[entry.path]
-            elif re.fullmatch(r"(model|optim|meta|loader)_\d{6,}\w*\.\w+", entry.path):
-                old.append(entry.path)
-        return new, old
 
-    new, old = differing()
-    if new or old:
-        operations = [huggingface_hub.CommitOperationAdd(*item) for item in new.items()]
-        operations += [huggingface_hub.CommitOperationDelete(path) for path in old]
-        api.create_commit(repo, operations, commit_message="Files of nanochat-miniseries")
-        wrong = [*itertools.chain(*differing())]
-        if wrong:
-            raise ConnectionError(f"what arrived of {', '.join(wrong)} is not what was sent")
-    return len(new)
+def hub_hashes(api, repo):
+    """{file: its sha256, or for a small file git's sha1} of a repository."""
+    files = api.model_info(repo, files_metadata=True).siblings
+    return {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
 def push(cfg, tag):
-    """Fills the repositories of a tag, or with --dry-run only lists what would go there. Returns
-    whether the tag is finished."""
-    kinds = [kind for kind in KINDS if cfg.stage in ("all", kind.removeprefix("hf-"))]
-    found = {stage: newest(stage, tag) for stage in ("base", "sft")}
-    problem = next((found[stage].lacks for stage in found
-                    if stage in kinds and found[stage].lacks), "")
-    if problem and cfg.all:
-        print(f"{tag} is left out: {problem}")
-        return False
-    if problem:
-        sys.exit(f"{problem}: only finished tags are published")
-    for kind in kinds:
+    """Publishes a tag, or with --dry-run only lists the files. Returns whether it is finished."""
+    kinds = [kind for kind in FOLDERS if cfg.stage in ("all", kind.removeprefix("hf-"))]
+    sources = {stage: find_source(stage, tag) for stage in ("base", "sft")}
+    lacks = [sources[kind].lacks for kind in kinds if kind in sources and sources[kind].lacks]
+    if lacks and cfg.all:
+        print(f"{tag} is left out: {lacks[0]}")
+    elif lacks:
+        sys.exit(f"{lacks[0]}. Only finished models are published")
+    for kind in [] if lacks else kinds:
         with tempfile.TemporaryDirectory() as temp:
-            repo = repo_name(cfg.push, tag, kind)
-            files = repo_files(kind, tag, cfg.push, found, Path(temp))
-            print(repo)
-            for path, file in files.items():
-                print(f"{file.stat().st_size:>15,}  {path}")
+            repo, folder = repo_name(cfg.push, tag, kind), Path(temp).resolve()
+            gather(kind, tag, cfg.push, sources, folder)
+            sizes = {path.relative_to(folder): path.stat().st_size
+                     for path in sorted(folder.rglob("*")) if path.is_file()}
+            print(repo, *(f"{size:>15,}  {name}" for name, size in sizes.items()), sep="\n")
             if not cfg.dry_run:                             # at least at 1 MB/s
-                patience = 300 + sum(file.stat().st_size for file in files.values()) / 1e6
-                sent = retry(repo, patience, functools.partial(fill, repo, files, cfg.private))
-                print(f"{repo}: {sent} files sent, all {len(files)} checked", flush=True)
-    return True
+                retry(repo, 300 + sum(sizes.values()) / 1e6,
+                      functools.partial(upload, repo, folder, cfg.private))
+                print(f"{repo}: published, and compared with the hub's hashes", flush=True)
+    return not lacks
 
 
 # ---- The hub: pull -------------------------------------------------------------------------------
 
-def find(user, tag, kind):
-    """(repository, names of its files) of a published tag, under our name or the nanochat series'
-    own. The base of a _long tag may be there without the _long only."""
-    api = huggingface_hub.HfApi()
+def find_repo(user, tag, kind):
+    """(name, hub_hashes) of a repository of a tag, published under our name or under the public
+    nanochat repo's. The base of a _long tag may be there without the _long only."""
+    def look(name):
+        with contextlib.suppress(huggingface_hub.errors.RepositoryNotFoundError):
+            return hub_hashes(huggingface_hub.HfApi(), name)
+
     tags = [tag, tag.removesuffix("_long")] if kind == "base" else [tag]
+    their_kind = FOLDERS[kind].replace("hf_", "hf-")
     names = [repo_name(user, t, kind) for t in tags]
-    names += [f"{user}/{t.replace('_', '-')}-{KINDS[kind]}" for t in tags]
+    names += [f"{user}/{t.replace('_', '-')}-{their_kind}" for t in tags]
     for name in names:
-        if retry(name, 60, functools.partial(api.repo_exists, name)):
-            return name, retry(name, 60, functools.partial(api.list_repo_files, name))
-    sys.exit(f"the hub has none of {', '.join(names)}, or they are not for you: HF_TOKEN takes a "
-             "token that may read them")
+        hashes = retry(name, 60, functools.partial(look, name))
+        if hashes is not None:
+            return name, hashes
+    sys.exit(f"the hub has none of {', '.join(names)}, or HF_TOKEN may not read them")
 
 
 def pull(name):
-    """Fetches a published tag: both native checkpoints and tokenizer.json, never the pickle."""
-    tag = TAG.replace("_", "-")
-    found = re.fullmatch(rf"([\w.-]+)/(?:nanochat-)?({tag})(-(base|sft|chatsft|hf).*)?", name)
+    """Downloads a published tag: both native checkpoints, and tokenizer.json, not the pickle."""
+    found = re.fullmatch(r"([\w.-]+)/(?:nanochat-)?(d[\d.]+-[\d.]+tpp(?:-drope-\d+)?(?:-long)?)"
+                         r"(?:-(?:base|sft|chatsft|hf).*)?", name)
     if not found:
         sys.exit(f"--pull {name}: give it as USER/nanochat-d18-9tpp-drope-50")
     user, tag = found[1], found[2].replace("-", "_")
     with tempfile.TemporaryDirectory() as temp:
-        repo, new, folder = find(user, tag, "hf-sft")[0], Path(temp), base_dir() / "tokenizer"
+        repo, new, folder = find_repo(user, tag, "hf-sft")[0], Path(temp), base_dir() / "tokenizer"
         path = fetch(repo, "tokenizer.json", new / "tokenizer.json", "model")
         try:
             tokenizer_from_json(path.read_text("utf-8"), new)
         except (ValueError, LookupError, TypeError, AttributeError):
-            sys.exit(f"{repo}: its tokenizer.json is none that export_hf.py wrote")
+            sys.exit(f"{repo}: its tokenizer.json was not written by export_hf.py")
         ours = load_tokenizer(folder if (folder / "config.json").exists() else new)
         if tokenizer_hash(ours) != tokenizer_hash(load_tokenizer(new)):
             sys.exit(f"{repo} has another tokenizer than {folder}: change NANOCHAT_BASE_DIR")
         for file in ("tokenizer.tiktoken", "config.json"):  # where config.json is, both are
             atomic_write(folder / file, (new / file).read_bytes())
         for stage in ("base", "sft"):
-            pull_checkpoint(user, tag, stage, new)
+            pull_checkpoint(*find_repo(user, tag, stage), folder_of(stage, tag), new / stage)
 
 
-def pull_checkpoint(user, tag, stage, temp):
-    (repo, there), folder = find(user, tag, stage), folders(stage, tag)[0]
-    steps = [int(name[5:-5]) for name in there if re.fullmatch(r"meta_\d{6,}\.json", name)]
+def pull_checkpoint(repo, hashes, folder, temp):
+    """Downloads what `folder` lacks of a repository's newest checkpoint."""
+    steps = [int(name[5:-5]) for name in hashes if re.fullmatch(r"meta_\d{6,}\.json", name)]
     step = max(steps, default=0)
     files = checkpoint_files(folder, step)
     parts = [files["model"].name, files["optim"].name]
-    try:
-        lock = lock_file(folder / ".lock", wait=0)
-    except BlockingIOError:
-        sys.exit(f"{folder} is in use by another pull, or a run: wait for it, then pull again")
-    with lock:
+    missing = {*parts, files["meta"].name} - hashes.keys()
+    if missing:
+        sys.exit(f"{repo} is not a native checkpoint: it lacks {min(missing)}")
+    busy = f"{folder} is in use by another pull, or a run: wait for it, then pull again"
+    with lock_file(folder / ".lock", busy):
         try:
             here = newest_checkpoint(folder)
         except Damaged:
-            here = None                     # it is fetched again
-        if here == step:
-            theirs = retry(repo, 60, lambda: hub_file(repo, files["model"].name).etag)
-            if theirs == weights_hash(folder, step):
-                return print(f"{folder} is there already: skipped")
-        if here is not None:
+            here = None                                     # is downloaded again
+        if here not in (None, step) or here and weights_hash(folder, here) != hashes[parts[0]]:
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")
-        for name in parts + [n for n in ("metrics.jsonl", "questions.jsonl") if n in there]:
-            etag = retry(repo, 60, functools.partial(hub_file, repo, name)).etag
+        for name in [*parts, *({"metrics.jsonl", "questions.jsonl"} & hashes.keys())]:
             path = folder / name
-            if path.exists() and file_hash(path, git=len(etag) == 40) != etag:
-                path.unlink()               # a leftover of something else
+            if path.exists() and file_hash(path, git=len(hashes[name]) == 40) != hashes[name]:
+                path.unlink()                               # left over from something else
             fetch(repo, name, path, "model")
-        meta = json.loads(fetch(repo, files["meta"].name, temp / stage, "model").read_text())
-        # Checkpoints of the nanochat repo lost use_rope in fine-tuning; the tag says what it was
+        meta = json.loads(fetch(repo, files["meta"].name, temp, "model").read_text())
+        # The nanochat repo's chat checkpoints do not say if they have RoPE; the folder's name does
         said = meta.setdefault("loop_state", {}).get("use_rope")
-        meta["loop_state"]["use_rope"] = use_rope = "_drope_" not in tag
+        meta["loop_state"]["use_rope"] = use_rope = "_drope_" not in folder.name
         if said != use_rope:
             print(f"{repo} says use_rope {said}; set to {use_rope}, as its name says")
-        meta["sha256"] = {name: file_hash(folder / name) for name in parts}
+        meta["sha256"] = {name: hashes[name] for name in parts}
         atomic_write(files["meta"], dump(meta))             # last: it vouches for the rest
-        print(f"{repo} -> {folder}, step {step}")
+    print(f"{repo} -> {folder}, step {step}")
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -410,23 +388,24 @@ def main(args=None):
         sys.exit(f"--stage {cfg.stage}: choose base, sft or all")
     if [cfg.tag != "", cfg.pull != "", cfg.all].count(True) != 1 or cfg.pull and cfg.push:
         sys.exit("give one of --tag d18_9tpp_drope_50, --pull USER/..., and --push USER --all")
-    if not re.fullmatch(r"\w[\w.-]*", cfg.tag or "x") or "/" in cfg.push:
-        sys.exit(f"--tag {cfg.tag} --push {cfg.push}: they are names, without folders")
+    if "/" in cfg.push:
+        sys.exit(f"--push {cfg.push}: the name of a user or organisation, without a repository")
     if cfg.push and not cfg.dry_run and not huggingface_hub.get_token():
         sys.exit("publishing needs a token with write access: set HF_TOKEN, or `hf auth login`")
     if cfg.pull:
         pull(cfg.pull)
     elif cfg.push:
-        trained = [*(base_dir() / KINDS["base"]).glob("*"), *(base_dir() / KINDS["sft"]).glob("*")]
-        tags = sorted({folder.name for folder in trained if re.fullmatch(TAG, folder.name)})
-        done = [push(cfg, tag) for tag in (tags if cfg.all else [cfg.tag])]
-        if not any(done):
-            sys.exit(f"no finished tag in {base_dir()} to publish")
+        tags = [cfg.tag]
+        if cfg.all:
+            names = {path.name for path in base_dir().glob("*_checkpoints/*")}
+            tags = sorted(filter(parse_tag, names))
+        if not any([push(cfg, tag) for tag in tags]):
+            sys.exit(f"no finished model in {base_dir()} to publish")
     else:
         stages = ["base", "sft"] if cfg.stage == "all" else [cfg.stage]
-        there = [stage for stage in stages if folders(stage, cfg.tag)[0].is_dir()]
+        there = [stage for stage in stages if folder_of(stage, cfg.tag).is_dir()]
         for stage in there or stages:
-            export(newest(stage, cfg.tag))
+            export(find_source(stage, cfg.tag))
 
 
 if __name__ == "__main__":

@@ -419,9 +419,37 @@ SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_star
                   "<|output_end|>")                         # the last ids, in this order
 
 
+# Tags and folders
+
 def base_dir():
     """The folder of all artifacts: $NANOCHAT_BASE_DIR, or out/ here."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "out")
+
+
+FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "hf-base": "hf_base",
+           "hf-sft": "hf_sft"}
+
+
+def folder_of(kind, tag, base=None):
+    """The folder of a model, `kind` being one of FOLDERS. A _long tag fine-tunes the base model of
+    the tag without _long. Exits unless the tag is a plain name."""
+    if not re.fullmatch(r"\w[\w.-]*", tag):
+        sys.exit(f"{tag!r} cannot be a tag: use letters, digits, _, - and .")
+    name = tag if kind.endswith("sft") else tag.removesuffix("_long")
+    return (base or base_dir()) / FOLDERS[kind] / name
+
+
+def name_of(depth, tpp, drope):
+    """The tag of a base model: d18_9tpp, or d18_9tpp_drope_50."""
+    return f"d{depth}_{tpp:g}tpp" + ("" if drope is None else f"_drope_{drope}")
+
+
+def parse_tag(tag):
+    """(depth, tpp, drope) of a tag of the series, with or without _long; None for other names."""
+    found = re.fullmatch(r"d(\d+)_(\d+(?:\.\d+)?)tpp(?:_drope_(\d+))?(?:_long)?", tag)
+    if not found:
+        return None
+    return int(found[1]), float(found[2]), None if found[3] is None else int(found[3])
 
 
 def one_line(error):
@@ -642,27 +670,27 @@ def file_hash(path, git=False):
     return digest.hexdigest()
 
 
-def lock_file(path, wait):
+def lock_file(path, busy, patience=0):
     """Opens `path` and locks it until the file is closed or the process ends, however that happens.
-    Where another process has it: tries for `wait` seconds, then raises BlockingIOError. Where the
-    file system knows no locks: a notice, and on without one."""
+    If another process holds the lock, tries for `patience` seconds, then exits with the line
+    `busy`. On a file system without locks it warns, and goes on."""
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
-    file, end = open(path, "a+"), time.time() + wait
+    file, deadline = open(path, "a+"), time.time() + patience
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
-            if time.time() >= end:
-                raise
-            time.sleep(0.2)
+            if time.time() >= deadline:
+                sys.exit(busy)
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(f"{path}: this file system has no locks ({e.strerror}), so see to it that only "
+            print(f"{path}: this file system has no locks ({e.strerror}), so make sure that only "
                   "one process writes there", file=sys.stderr)
             return file
+        time.sleep(0.2)
 
 
 def has_kind(value, kind):
@@ -913,15 +941,24 @@ def tokenizer_of(meta, base):
     return enc
 
 
+def unfinished(folder, meta):
+    """Why a run is not finished, or "". (Metas of other code do not say how many steps it has.)"""
+    step = meta["step"]
+    if meta.get("steps", step) == step and meta.get("finished", True):
+        return ""
+    return (f"{folder} is at step {step} of {meta.get('steps')}: finish it first, with the command "
+            "that started it")
+
+
 def finished_checkpoint(folder):
-    """The newest step of a model that another run starts from; None where there is no checkpoint.
-    Exits unless it is finished, and was trained with the tokenizer that there is."""
+    """The newest step of a model that another run starts from; None if there is no checkpoint.
+    Exits unless it is finished and was trained with the tokenizer in base_dir()."""
     step = newest_checkpoint(folder)
     if step is not None:
         meta = read_meta(folder, step)
-        if meta.get("steps", step) != step or not meta.get("finished", True):
-            sys.exit(f"{folder} is at step {step} of {meta.get('steps')}: finish it first, with "
-                     "the command that began it")
+        problem = unfinished(folder, meta)
+        if problem:
+            sys.exit(problem)
         tokenizer_of(meta, base_dir())
     return step
 
@@ -1009,6 +1046,8 @@ def retry(name, patience, attempt,
     while True:
         try:
             return within(max(1.0, patience - (time.time() - start)), attempt)
+        except (TypeError, LookupError, AttributeError):
+            raise                                           # a bug, here or there
         except Exception as e:                              # downloads fail in many ways
             replies = [getattr(error, "response", None) for error in (e, e.__cause__)]
             reply = next((r for r in replies if r is not None), None)
@@ -1070,12 +1109,8 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
         return dest
     if constants.HF_HUB_OFFLINE:
         raise FetchError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids to download it")
-    try:
-        lock = lock_file(lock_path, wait=patience)
-    except BlockingIOError:
-        raise FetchError(f"{name}: another process has been downloading it for more than "
-                         f"{patience:.0f} s") from None
-    with lock:
+    busy = f"{name}: another process has been downloading it for more than {patience:.0f} s"
+    with lock_file(lock_path, busy, patience):
         if not dest.exists():
             about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
             retry(name, patience + (about.size or 0) / 1e6, download)
@@ -1419,10 +1454,8 @@ class Run:
         self.source, self.step, self.meta, self.signal = None, 0, {}, None
         newest = None
         if env.rank == 0:
-            try:
-                self.lock = lock_file(self.folder / ".lock", wait=0)
-            except BlockingIOError:
-                sys.exit(f"{folder} is in use by another run: wait for it or stop it")
+            self.lock = lock_file(self.folder / ".lock",
+                                  f"{folder} is in use by another run: wait for it or stop it")
             for half_written in self.folder.glob(".*.tmp"):         # by a run that was killed
                 half_written.unlink(missing_ok=True)
             newest = newest_checkpoint(self.folder)

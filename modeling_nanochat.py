@@ -243,17 +243,19 @@ class NanoChatModel(NanoChatPreTrainedModel):
         packed rows, where each document starts again at 0 and sees nothing before it. cache (before
         transformers 5.24: past_key_values): keys and values of the S - T tokens before these."""
         config, cache = self.config, kwargs.pop(CACHE, None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             cache, use_cache = None, False          # a layer computed twice would fill it twice
         position_ids, shared = self.place(x, attention_mask, position_ids, cache, kwargs)
         if use_cache and cache is None:             # not before: see place()
             cache = DynamicCache(config=config)
         rotary = rotary_tables(position_ids, config, x.dtype) if config.use_rope else None
         scale = logit_scale(position_ids, config) if config.logn_scale else None
-        for layer in self.layers:
+        for layer in self.layers[:config.num_hidden_layers]:
             x = layer(x, rotary=rotary, scale=scale, past=cache, **shared, **kwargs)
         x = norm(x, config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})

@@ -35,14 +35,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
+from model import (FOLDERS, GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
                    atomic_write, attention_kernel, base_dir, check_checkpoint, checkpoint_steps,
                    compile_model, difference, encode, fetch, file_hash, finished_checkpoint,
-                   from_rank_0, generate, guard, largest_divisor, load_part, load_tokenizer,
-                   log_head, one_line, parse_config, read_lines, read_meta, retry, rows_at_a_time,
-                   rows_of_a_step, say, set_fp8, setup_env, text_column, token_bytes,
-                   tokenizer_hash, weights_hash)
-from muon import build_optimizer, lr_factor, muon_momentum, muon_weight_decay
+                   folder_of, from_rank_0, generate, guard, largest_divisor, load_part,
+                   load_tokenizer, log_head, name_of, one_line, parse_config, parse_tag, read_lines,
+                   read_meta, retry, rows_at_a_time, rows_of_a_step, say, set_fp8, setup_env,
+                   text_column, token_bytes, tokenizer_hash, weights_hash)
+from muon import WARMUP, build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
 @dataclass
@@ -86,31 +86,29 @@ SHARD_TOKENS, SHARD_BYTES = 54e6, 92e6  # of a shard of the dataset, roughly
 
 # ---- Everything that follows from depth, tokens per parameter and drope -------------------------
 
-def name_of(depth, tpp, drope):
-    """The tag of a run: d18_9tpp, or d18_9tpp_drope_50."""
-    return f"d{depth}_{tpp:g}tpp" + ("" if drope is None else f"_drope_{drope}")
-
-
 def resolve(cfg):
     """Makes depth, tpp, drope and tag agree: a tag like d18_9tpp_drope_50 says all three."""
-    found = re.match(r"d(\d+)_(\d+(?:\.\d+)?)tpp(?:_drope_(\d+))?", cfg.tag)
+    if cfg.tag.endswith("_long"):
+        sys.exit(f"--tag {cfg.tag}: names in _long are for fine-tuning, sft.py --tag {cfg.tag}, "
+                 f"which takes the base model {cfg.tag.removesuffix('_long')}")
+    said = parse_tag(cfg.tag)
     if cfg.init:
-        steps = checkpoint_steps(base_dir() / "base_checkpoints" / cfg.init)
+        folder = folder_of("base", cfg.init)
+        steps = checkpoint_steps(folder)
         if not steps:
-            sys.exit(f"--init {cfg.init}: no model in {base_dir() / 'base_checkpoints' / cfg.init}")
-        if found or not cfg.tag:
+            there = ", ".join(sorted(path.name for path in folder.parent.glob("*")))
+            sys.exit(f"--init {cfg.init}: no model in {folder} (models: {there or 'none'})")
+        if said or not cfg.tag:
             sys.exit(f"--init needs a --tag of your own, such as {cfg.init.split('_')[0]}-"
                      "recalibrated; a tag like d18_9tpp is trained from random weights")
         if cfg.depth is None:
-            meta = read_meta(base_dir() / "base_checkpoints" / cfg.init, steps[-1])
-            cfg.depth = meta["model_config"]["n_layer"]
-    elif not found and re.match(r"d\d", cfg.tag):
+            cfg.depth = read_meta(folder, steps[-1])["model_config"]["n_layer"]
+    elif not said and re.match(r"d\d", cfg.tag):
         sys.exit(f"--tag {cfg.tag}: a tag is like d18_9tpp or d18_9tpp_drope_50; other names do "
                  "not begin with d and a digit")
-    if found:
-        said = int(found[1]), float(found[2]), None if found[3] is None else int(found[3])
+    if said:
         if cfg.tag != name_of(*said):
-            sys.exit(f"--tag {cfg.tag}: a tag that begins like this is written {name_of(*said)}")
+            sys.exit(f"--tag {cfg.tag}: this tag is written {name_of(*said)}")
         for name, value in zip(("depth", "tpp", "drope"), said):
             if getattr(cfg, name) not in (None, value):
                 sys.exit(f"--tag {cfg.tag} and --{name} {getattr(cfg, name)} contradict each other")
@@ -120,11 +118,6 @@ def resolve(cfg):
     if not 1 <= cfg.depth <= 99 or cfg.tpp == 0 or not 0 <= (cfg.drope or 0) <= 99:
         sys.exit(f"--tag {cfg.tag}: depth is 1 to 99, tokens per parameter above 0, drope 0 to 99")
     cfg.tag = cfg.tag or name_of(cfg.depth, cfg.tpp, cfg.drope)
-    if cfg.tag.endswith("_long"):
-        sys.exit(f"--tag {cfg.tag}: names in _long are for fine-tuning, sft.py --tag {cfg.tag}, "
-                 f"which takes the base model {cfg.tag.removesuffix('_long')}")
-    if not re.fullmatch(r"\w[\w.-]*", cfg.tag):
-        sys.exit(f"--tag {cfg.tag!r}: a folder's name of letters, digits, _ - and .")
     if cfg.keep and not re.fullmatch(r"\d{1,2}(\.\d+)?(,\d{1,2}(\.\d+)?)*", cfg.keep):
         sys.exit(f"--keep {cfg.keep}: percents below 100 with commas between, such as 25,50,75")
     cfg.data_dir = cfg.data_dir or str(base_dir() / "data" / "climbmix")
@@ -460,7 +453,7 @@ def plan(cfg):
         resolve(one)
         derived, trunk = derive(one, cfg.vocab_size), name_of(one.depth, one.tpp, None)
         check_sizes(one, derived)
-        kept = set(checkpoint_steps(base_dir() / "base_checkpoints" / trunk))
+        kept = set(checkpoint_steps(folder_of("base", trunk)))
         if trunk in planned:
             kept |= kept_steps(replace(one, drope=None), derived.steps)
         steps, how = derived.steps, "from scratch"
@@ -492,23 +485,30 @@ def plan(cfg):
 def status():
     """Lists the models, and how far each is."""
     for base in (base_dir(), base_dir() / "tiny"):
-        for stage, export in (("base_checkpoints", "hf_base"), ("chatsft_checkpoints", "hf_sft")):
-            for folder in sorted((base / stage).glob("*")):
-                if checkpoint_steps(folder):
-                    exported = (base / export / folder.name / "config.json").exists()
-                    try:
-                        words = how_far(folder)
-                    except (SystemExit, OSError) as e:
-                        words = f"unclear: {one_line(e)}"
-                    print(f"{folder}{', exported' if exported else ''}\n    {words}")
+        for stage in ("base", "sft"):
+            for folder in sorted((base / FOLDERS[stage]).glob("*")):
+                if not any(folder.glob("model_*.pt")) and not checkpoint_steps(folder):
+                    continue
+                export = folder_of(f"hf-{stage}", folder.name, base)
+                try:
+                    words = how_far(folder)
+                except (SystemExit, OSError) as e:
+                    words = f"unclear: {one_line(e)}"
+                exported = ", exported" if (export / "config.json").exists() else ""
+                print(f"{folder}{exported}\n    {words}")
 
 
 def how_far(folder):
     """A run in one line, from its meta file and metrics.jsonl alone."""
-    meta = read_meta(folder, checkpoint_steps(folder)[-1])
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return "model_*.pt files without a meta_*.json: the first save was interrupted, or it is lost"
+    meta = read_meta(folder, steps[-1])
     words = f"step {meta['step']} of {meta.get('steps', 'unknown')}"
     if meta.get("finished"):
         words = f"finished at step {meta['step']}"
+    if meta.get("recipe", {}).get("init"):
+        words += f", starting from {meta['recipe']['init'].split(',')[0]}"
     if meta.get("val_bpb") is not None:
         words += f", val bpb {meta['val_bpb']:.3f}"
     numbers = dict(val_bpb_with_rope=float, val_bpb_without_rope=float)
@@ -596,12 +596,12 @@ def open_shards(cfg, run):
     return shards
 
 
-def find_init(cfg, config, env):
+def find_init(cfg, config, steps, env):
     """On rank 0 (folder, step, both and the weights' sha256 in words) of the model that --init
     names. Exits unless it is finished, and has this tokenizer and these sizes."""
     if not cfg.init or env.rank != 0:
         return None
-    folder = base_dir() / "base_checkpoints" / cfg.init
+    folder = folder_of("base", cfg.init)
     step = finished_checkpoint(folder)
     theirs = read_meta(folder, step)
     sizes = {**theirs["model_config"], "sequence_len": config.sequence_len}
@@ -610,6 +610,9 @@ def find_init(cfg, config, env):
         sys.exit(f"--init {cfg.init}: its model has {different}")
     if cfg.drope is not None and not theirs["loop_state"]["use_rope"]:
         sys.exit(f"--init {cfg.init}: it has no RoPE any more; leave out --drope")
+    if steps < 2 * WARMUP:
+        print(f"--init: only {steps} steps, of which the first {WARMUP} warm up the learning rate: "
+              "expect a worse model than the one it starts from", file=sys.stderr)
     return folder, step, f"step {step} of {cfg.init}, sha256 {weights_hash(folder, step)}"
 
 
@@ -624,7 +627,7 @@ def start_from_init(model, run, folder, step):
     where = f"at the beginning of the data (that model's: {different})" if different else (
         "where in the data its training stopped")
     run.say(f"starting from the weights of step {step} of {folder}, {where}")
-    if not different:
+    if not different and "dataloader_state_dict" in meta:
         nothing = dict(tokens=torch.empty(0, dtype=torch.int32), lengths=torch.empty(0).long())
         return {**meta["dataloader_state_dict"], "seen": 0, "cut": 0, **nothing}
 
@@ -707,10 +710,10 @@ def main():
     cfg.total_batch_size = derived.batch
     rows = check_sizes(cfg, derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
-    init = from_rank_0(find_init(cfg, derived.config, env), env)
+    init = from_rank_0(find_init(cfg, derived.config, steps, env), env)
     recipe = {**{field: getattr(cfg, field) for field in RECIPE},
               "tokenizer": tokenizer_hash(enc), "init": init and init[2]}
-    run = Run(base_dir() / "base_checkpoints" / cfg.tag, cfg, recipe, env)
+    run = Run(folder_of("base", cfg.tag), cfg, recipe, env)
     if run.meta.get("finished"):
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
     shards = open_shards(cfg, run)
@@ -720,15 +723,15 @@ def main():
         run.say(f"branching off {trunk[0]}, which is the same up to the switch")
 
     model, compiled, optimizer = make_model(cfg, derived, env)
-    position = run.loader_state()
+    stream = validation = position = None
     if init and not run.source:
         position = start_from_init(model, run, *init[:2])
-    stream = validation = None
     if env.rank == 0:
         log_head(cfg, derived, env, attention=attention_kernel(env, derived.config), rows=rows,
                  tokenizer=recipe["tokenizer"], starting_from=recipe["init"],
                  revision=shards.revision, **run.data)
-        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1, position)
+        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1,
+                            position or run.loader_state())
         validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
     validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
                                      token_bytes(enc), env)

@@ -34,9 +34,9 @@ import pyarrow.parquet as pq
 from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
                    atomic_write, attention_kernel, base_dir, checkpoint_files, checkpoint_steps,
                    compile_model, encode, fetch, fetch_url, file_hash, finished_checkpoint,
-                   from_rank_0, generate, guard, has_kind, load_tokenizer, load_weights, log_head,
-                   one_line, parse_config, read_meta, rows_at_a_time, rows_of_a_step, set_fp8,
-                   setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
+                   folder_of, from_rank_0, generate, guard, has_kind, load_tokenizer, load_weights,
+                   log_head, one_line, parse_config, read_meta, rows_at_a_time, rows_of_a_step,
+                   set_fp8, setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -655,7 +655,7 @@ def sample(model, enc, source, n=64):
 def find_base(cfg):
     """(folder, step, hash of the weights) of the model to fine-tune; (folder, None, None) if there
     is none. Exits with one line if it will not do."""
-    folder = base_dir() / "base_checkpoints" / cfg.tag.removesuffix("_long")
+    folder = folder_of("base", cfg.tag)
     step = finished_checkpoint(folder)
     if step is None:
         return folder, None, None
@@ -672,7 +672,7 @@ def open_run(cfg, enc, env):
     neither a base model nor a checkpoint of fine-tuning."""
     found = find_base(cfg) if env.rank == 0 else None
     base, base_step, base_hash = from_rank_0(found, env)
-    folder = base_dir() / "chatsft_checkpoints" / cfg.tag
+    folder = folder_of("sft", cfg.tag)
     if base_step is None and not checkpoint_steps(folder):
         sys.exit(f"no base model in {base}: `bash run_all.sh {cfg.tag}` trains it, or pretrain.py")
     recipe = {field: getattr(cfg, field) for field in RECIPE}
@@ -702,7 +702,7 @@ def main():
         cfg.max_seq_len = 8192 if cfg.tag.endswith("_long") else 4096
     if cfg.dry_run:
         return dry_run(cfg)
-    if not re.fullmatch(r"\w[\w.-]*", cfg.tag):
+    if not cfg.tag:
         sys.exit("which model? --tag d18_9tpp_drope_50, for example: a folder in base_checkpoints")
     env = setup_env(compile=cfg.compile)
     rows = rows_of_a_step(cfg.total_batch_size, cfg.max_seq_len, env.world)

@@ -202,7 +202,8 @@ class Hub(http.server.ThreadingHTTPServer):
         for path, body in files.items():
             sha256, git = hashlib.sha256(body).hexdigest(), b"blob %d\0" % len(body) + body
             entries.append({"type": "file", "path": path, "rfilename": path, "size": len(body),
-                            "oid": hashlib.sha1(git).hexdigest(), "blobId": "0" * 40})
+                            "oid": hashlib.sha1(git).hexdigest()})
+            entries[-1]["blobId"] = entries[-1]["oid"]
             if path.endswith((".pt", ".safetensors", ".parquet", ".jsonl")):
                 entries[-1]["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(body),
                                       "pointerSize": 1}
@@ -243,7 +244,8 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
         if "/tree/" in path:
             return self.answer(200, hub.listing(repo))
         if path.startswith("/api/models/"):
-            return self.answer(200, {"id": name[1], "private": name[1] in hub.private})
+            return self.answer(200, {"id": name[1], "private": name[1] in hub.private,
+                                     "siblings": hub.listing(repo)})
         name = path.split("/resolve/main/")[1] if repo is not None else path.split("/")[-1]
         body = (hub.files if repo is None else repo).get(name)
         return self.answer(404) if body is None else self.send_file(name, body)
@@ -266,8 +268,9 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
         if "/preupload/" in path:
             files = json.loads(sent)["files"]
             for file in files:
-                large = "lfs" in hub.listing({file["path"]: b""})[0]
-                file.update(uploadMode="lfs" if large else "regular", shouldIgnore=False)
+                there = hub.listing({file["path"]: repo.get(file["path"], b"")})[0]
+                file.update(uploadMode="lfs" if "lfs" in there else "regular", shouldIgnore=False,
+                            oid=there.get("lfs", there)["oid"])
             return {"files": files}
         if path.endswith("/objects/batch"):
             objects = json.loads(sent)["objects"]
@@ -1485,6 +1488,8 @@ def test_a_finished_model_is_recalibrated_or_trained_further(init_base, trunk_ba
     _, said = run_here(pretrain, args, init_base)
     step, meta = final(folder)
     assert step == 10 and meta["loop_state"]["use_rope"] is (drope is None) and meta["finished"]
+    assert "--init: only 10 steps, of which the first 40 warm up" in said
+    assert f", starting from step 20 of {TRUNK}, val bpb" in run_here(pretrain, ["--status"], init_base)[1]
     name = f"step 20 of {TRUNK}, sha256 {M.weights_hash(source, 20)}"
     assert meta["recipe"]["init"] == name and f"# init = {TRUNK}\n" in said
     assert f"starting from the weights of step 20 of {source}, where in the data" in said
@@ -1518,6 +1523,7 @@ def test_a_finished_model_is_recalibrated_or_trained_further(init_base, trunk_ba
 
 @pytest.mark.parametrize("change, says", [
     (dict(tag=TRUNK), "--init needs a --tag of your own"), (dict(tag=""), "--init needs a --tag"),
+    (dict(init="nope"), f"(models: {TRUNK})"), (dict(init="../x"), "'../x' cannot be a tag"),
     (dict(depth=2), "its model has n_layer = 1, not 2"), ("unfinished", "finish it first"),
     ("tokenizer", "with another tokenizer"), ("no RoPE", "it has no RoPE any more"),
     ("other model", "was trained with init = step 20 of")])
@@ -1915,7 +1921,7 @@ def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, dataset, mend):
 def test_one_run_at_a_time_in_a_folder(half_way, tmp_path, refused):
     half = half_way / ".model_000016.pt.99.tmp"
     half.touch()
-    with M.lock_file(half_way / ".lock", wait=0):
+    with M.lock_file(half_way / ".lock", "busy"):
         refused(pretrain, DROPE, [str(half_way), "in use by another run"], tmp_path)
     assert half.exists()                                    # the other run is writing it
 
@@ -2620,7 +2626,7 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
     both = [[tag, arm, "0.4*" if "fitted" in arm else "0"] for tag, parts in
             (("t", data["parts"]), ("t_drope_50", other["parts"])) for arm in parts]
     assert rows == 5 * [["tag", "arm", "c"], *both]
-    assert "4x, multi-key: 0." in table and "4x, text: " in table
+    assert " at 4x:\n\n- multi-key: " in table and "\n- text: " in table
     assert "documents are too few for an interval" in table
     for name in ("contexts", "drop", "training"):
         assert (tmp_path / "eval" / f"{name}_quick.png").read_bytes()[:4] == b"\x89PNG"
@@ -2635,7 +2641,7 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
     _, out = run_here(ev, args, tmp_path)
     assert "belongs to another checkpoint" in out
     assert len(re.findall(r"\n  .*, multi-key: \d+ s", out)) == 7
-    assert ev.folder_of("t_drope_50_long") == dropped       # the base model of a long tag
+    assert M.folder_of("base", "t_drope_50_long") == dropped       # the base model of a long tag
 
 
 def test_another_validation_file_than_that_of_the_run_is_refused(drope_run, tiny_base, tmp_path,
@@ -2688,17 +2694,30 @@ def test_the_conclusion_compares_the_best_arm_with_the_best_control():
     """Controls: cropping and what has RoPE. Models tested on other texts are not compared."""
     mine, other = of_40(30, False, 5), of_40(39, True, 1, "NTK", texts="other")
     for ntk, bits, needles, text in (
-            (15, 7, "0.750 (a, c fitted), best control 0.375 (b, NTK); a significant difference "
+            (15, 7, "0.750 (a, c fitted), best control 0.375 (b, NTK): significantly better "
              "(McNemar's test, p = 6.1e-05)", "1.375 (a, c fitted), best control 1.625 (a, cropped)"
-             "; a significant difference (paired interval of the difference: -0.250 [-0.250, "),
-            (28, 5, "0.750 (a, c fitted), best control 0.700 (b, NTK); no significant", "1.375 (a, "
-             "c fitted), best control 1.375 (b, NTK); no significant difference"),
-            (5, 4, "best control 0.200 (a, cropped); a significant", "best control 1.125 (b, NTK); "
-             "a significant")):
+             ": significantly better (paired interval of the difference: -0.250 [-0.250, "),
+            (28, 5, "0.750 (a, c fitted), best control 0.700 (b, NTK): no significant", "1.375 (a, "
+             "c fitted), best control 1.375 (b, NTK): no significant difference"),
+            (39, 4, "best control 0.975 (b, NTK): significantly worse", "best control 1.125 (b, "
+             "NTK): significantly worse")):
         lines = ev.conclude({"a": mine, "b": of_40(ntk, True, bits, "NTK"), "c": other}, "4")
-        assert len(lines) == 2 and needles in lines[0] and text in lines[1], lines
+        _, head, _, needle_line, text_line, _, other_head, *_ = lines
+        assert (head, other_head) == ("a, b at 4x:", "c at 4x:")
+        assert needles in needle_line and text in text_line, lines
     lines = ev.conclude({"b": of_40(15, True, 7, "NTK")}, "4")      # RoPE alone: against cropping
-    assert lines[0].startswith("4x, multi-key: 0.375 (b, NTK), best control 0.200 (b, cropped)")
+    assert lines[3].startswith("- multi-key: 0.375 (b, NTK), best control 0.200 (b, cropped)")
+    nothing = of_40(0, False, 7)
+    nothing["parts"]["cropped"] = nothing["parts"]["c fitted"]
+    assert ev.conclude({"a": nothing}, "4")[3] == "- multi-key: no arm finds anything"
+
+
+def test_the_figures_tell_a_recalibrated_model_from_one_with_rope():
+    base = {tag: {"key": {"use_rope": use_rope}} for tag, use_rope in (
+        ("d1_9tpp", True), ("d1_9tpp_drope_50", False), ("mine", False))}
+    assert {family: [percent for percent, *_ in members]
+            for family, members in ev.families(base).items()} == {
+        "d1_9tpp": [100, 50], "mine": [None]}
 
 
 def test_up_to_1x_an_arm_is_the_model_as_trained_and_c_0_is_no_other_arm():
@@ -2919,7 +2938,8 @@ def test_one_answer_for_scripts(exported, run_here, monkeypatch):
         status, said = run_here(chat_py, args, exported)
         assert wanted in said and status == (wanted != answer)
     for args, words in ((["no", "--prompt", "x"], "no checkpoint in"), ([], "which model?"),
-                        (["a", "b"], "which model?")):
+                        (["a", "b"], "which model?"), (["d3_9tpp"], "nothing to answer")):
+        monkeypatch.setattr(sys, "stdin", None)             # closed
         status, said = run_here(chat_py, args, exported)
         assert status == 1 and words in said.splitlines()[-1], said
 
@@ -2995,8 +3015,7 @@ def test_an_export_and_its_config(exported):
     for stage, more, stop in (("base", set(), HF_BOS), ("sft", {"chat_template.jinja"}, HF_STOP)):
         folder = exported / f"hf_{stage}" / "d3_9tpp"
         assert visible(folder) == common | more
-        for name, digest in json.loads((folder / "export.json").read_text())["files"].items():
-            assert M.file_hash(folder / name) == digest
+        assert json.loads((folder / "export.json").read_text()) == {"step": 10, "finished": True}
         code = "modeling_nanochat.NanoChat"
         assert json.loads((folder / "config.json").read_text()) == {
             "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat",
@@ -3047,7 +3066,7 @@ def test_a_whole_export_is_kept_and_a_damaged_one_made_again_to_the_byte(own, ca
         harm(folder / name)
     export_hf.main(["--tag", "d3_9tpp", "--stage", "sft"])
     said = capsys.readouterr()
-    again, kept = "exported again" in said.err, "skipped" in said.out
+    again, kept = "exporting again" in said.err, "skipped" in said.out
     assert (again, kept) == ((True, False) if name else (False, True))
     assert contents(folder) == before and (folder.stat().st_ino == inode) == kept
 
@@ -3068,7 +3087,7 @@ def test_an_export_keeps_the_files_of_others_and_is_never_gone(own, monkeypatch,
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "rename", renames)
             if end == "killed":
-                patch.setattr(export_hf, "settle", lambda temp, dest: None)
+                patch.setattr(export_hf, "settle", lambda temp, dest, ours: None)
             export_hf.main(["--tag", "d3_9tpp", "--stage", "base"])
         if end == "interrupted":
             assert contents(folder) == {**before, "NOTES.md": b"mine"}
@@ -3176,7 +3195,7 @@ def test_push_fills_four_repositories(online, own, capsys):
     hf_chat["config.json"] = b"{}"
     export_hf.main(push)
     assert sum("/commit/" in path for path in online.log) == 1
-    assert "hf-sft: 1 files sent, all 9 checked" in capsys.readouterr().out
+    assert "hf-sft: published, and compared" in capsys.readouterr().out
 
 
 def test_who_may_publish_and_read(online, own, refused, monkeypatch):
@@ -3195,7 +3214,8 @@ def test_who_may_publish_and_read(online, own, refused, monkeypatch):
 
 def as_the_nanochat_repo_has_it(repos, tag):
     """Renames a tag's repositories, and takes from the native ones what only we write."""
-    for kind, suffix in export_hf.KINDS.items():
+    for kind, folder in M.FOLDERS.items():
+        suffix = folder.replace("hf_", "hf-")
         files = repos.pop(export_hf.repo_name("me", tag, kind))
         repos[f"me/{tag.replace('_', '-')}-{suffix}"] = files
         if "meta_000010.json" in files:
@@ -3232,8 +3252,10 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
     for file in ("metrics.jsonl", "questions.jsonl"):
         assert (back / "chatsft_checkpoints" / tag / file).exists() is not public
     capsys.readouterr()
-    export_hf.main(["--pull", f"{name}-long-hf-sft"])
-    assert capsys.readouterr().out.count("there already") == 2
+    n_downloads = len(online.bodies)
+    export_hf.main(["--pull", f"{name}-long-hf-sft"])       # again: only the small files
+    assert set(online.bodies[n_downloads:]) == {"tokenizer.json", "meta_000010.json"}
+    capsys.readouterr()
     if public:                          # its fine-tuning says nothing of the rows
         change_meta(back / "chatsft_checkpoints" / tag, 10, lambda meta: meta.pop("max_seq_len"))
     export_hf.main(["--tag", tag, "--push", "me", "--dry-run"])
@@ -3252,7 +3274,7 @@ def test_a_push_replaces_another_step_and_keeps_what_others_have_put_there(onlin
     assert "NOTES.md" in native and not any("000004" in name for name in native)
     for tag in ("d3_9tpp", "d3_9tpp_drope_50", "d3_9tpp_drope_50_long"):
         shutil.rmtree(own / "chatsft_checkpoints" / tag)
-    with pytest.raises(SystemExit, match="no finished tag in .* to publish"):
+    with pytest.raises(SystemExit, match="no finished model in .* to publish"):
         export_hf.main(["--push", "me", "--all"])
     out = capsys.readouterr().out
     assert "d3_9tpp is left out: no checkpoint in" in out and "d3_9tpp_drope_50 is left" in out
@@ -3288,7 +3310,7 @@ def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, ow
     export_hf.main(pull)
     assert (folder / "model_000010.pt").read_bytes() == good and M.newest_checkpoint(folder) == 10
     refused(export_hf, ["--pull", "me/nanochat-d7-9tpp"], ["d7-9tpp-hf-sft"], own)
-    with M.lock_file(folder / ".lock", wait=0):
+    with M.lock_file(folder / ".lock", "busy"):
         refused(export_hf, pull, ["in use"], own)
     write_checkpoint(folder, export_model(1, True))
     refused(export_hf, pull, ["another run"], own)
@@ -3298,7 +3320,7 @@ def test_pull_mends_what_is_damaged_and_refuses_what_it_would_replace(online, ow
 
 def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
     def card(kind, tag):
-        found = {stage: export_hf.newest(stage, tag) for stage in ("base", "sft")}
+        found = {stage: export_hf.find_source(stage, tag) for stage in ("base", "sft")}
         return export_hf.card(kind, tag, "me", found)
 
     long, base = card("hf-sft", "d3_9tpp_drope_50_long"), card("base", "d3_9tpp")
@@ -3318,6 +3340,11 @@ def test_the_card_tells_the_figures_the_licences_and_the_fitted_logn_scale(own):
                 card("hf-base", "d3_9tpp")
         else:
             assert "evaluation of this model fitted 0.4" in card("hf-base", "d3_9tpp")
+    change_meta(evaluation.parent, 10, lambda meta: meta.update(
+        recipe={"init": "step 3 of src"}, user_config={"dataset": "local"}))
+    evaluation.unlink()
+    assert "| started from the weights of | step 3 of src |" in card("base", "d3_9tpp")
+    assert "climbmix" not in card("base", "d3_9tpp").lower()
 
 
 # ==== modeling_nanochat.py: the model for transformers, equal to model.py's =======================
@@ -3456,6 +3483,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(exported, reentrant):
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert all(g.any() and torch.allclose(g, h, atol=1e-6) for g, h in zip(*gradients))
+    said = model.generate(ids, max_new_tokens=8, do_sample=False)   # and so do samples on the way
+    assert torch.equal(said, model.eval().generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_early_exit_and_what_a_forward_pass_needs(exported):
+    model, ids = load(exported / "hf_base" / "d3_9tpp"), random_ids(1, 16)
+    said = [model.generate(ids, max_new_tokens=8, do_sample=False, **more)
+            for more in ({}, {"assistant_early_exit": 1})]
+    assert torch.equal(*said)
+    for both in ({}, dict(input_ids=ids, inputs_embeds=model.model.embed_tokens(ids))):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            model(**both)
 
 
 def test_fresh_weights_begin_as_in_model_py():
@@ -3779,11 +3818,11 @@ def test_a_bad_record_is_one_line_or_no_matter(own, run_here, name, content):
     ("demo raport", "raport"), ("demo --seeds 0", "--seeds 0"), ("demo --steps nan", "--steps"),
     ("pretrain --drope 150", "--drope 150|0 to 99"), ("pretrain --depth 0", "--depth 0|1 to 99"),
     ("pretrain --tpp nan", "--tpp|--help"), ("pretrain --fetch 0", "--fetch 0|greater than 0"),
-    ("pretrain --dept 3", "unrecognized|--dept"), ("pretrain --tag ../x", "--tag|folder's name"),
+    ("pretrain --dept 3", "unrecognized|--dept"), ("pretrain --tag ../x", "../x|cannot be a tag"),
     ("pretrain --tag d9_9tpp --depth 18", "--tag d9_9tpp|--depth 18"),
     ("pretrain --tag d9_9tpp_drope_50 --drope 25", "--tag d9_9tpp_drope_50|--drope 25"),
     ("pretrain --tag d18_9.0tpp", "written d18_9tpp"), ("pretrain --tag d18", "a tag is like d18_"),
-    ("pretrain --tag d18_9tpp_long", "written d18_9tpp"), ("pretrain --tag my_long", "sft.py"),
+    ("pretrain --tag d18_9tpp_long", "sft.py --tag d18_9tpp_long"), ("pretrain --tag my_long", "sft.py"),
     ("pretrain --keep 150", "below 100"),
     ("pretrain --total-batch-size 5000", "5000|max_seq_len|use 4096"),
     ("pretrain --tpp 0.001", "--tpp 0.001|0 steps"), ("pretrain --tpp 50000", "--tpp 50000|9999"),
@@ -3805,7 +3844,7 @@ def test_a_bad_record_is_one_line_or_no_matter(own, run_here, name, content):
     ("chat", "which model"), ("chat t --top-k 0", "--top-k 0"), ("chat a b", "which model"),
     ("pretrain --init no --tag x", "--init no: no model in"),
     ("export_hf", "--tag"), ("sft --total-batch-size 0", "--total-batch-size"),
-    ("export_hf --tag ../d3", "--tag"), ("export_hf --tag d4_9tpp", "d4_9tpp|run_all.sh"),
+    ("export_hf --tag ../d3", "../d3|cannot be a tag"), ("export_hf --tag d4_9tpp", "d4_9tpp|run_all.sh"),
     ("export_hf --tag x --stage rl", "base, sft or all"), ("export_hf --pull x", "USER/nanochat-d"),
     ("export_hf --tag x --push me/you", "me/you"), ("export_hf --all", "--all|--push"),
     ("export_hf --pull me/nanochat-d3-9tpp --push me", "--pull"),
@@ -4181,7 +4220,7 @@ def test_the_code_that_loads_an_export_runs(own, page):
     """Of the README and of a model card. (The README's first block is the recipe.)"""
     text = README
     if page == "card":
-        found = {stage: export_hf.newest(stage, "d3_9tpp") for stage in ("base", "sft")}
+        found = {stage: export_hf.find_source(stage, "d3_9tpp") for stage in ("base", "sft")}
         text = export_hf.card("hf-sft", "d3_9tpp", "me", found)
     *recipe, usage = re.findall(r"```python\n(.*?)```", text, re.S)
     assert "model.use_rope = False" in "".join(recipe) or page == "card"
