@@ -20,21 +20,22 @@ import torch
 import torch.nn.functional as F
 
 from model import (KVCache, Results, base_dir, checkpoint_steps, encode, file_hash, folder_of,
-                   generate, guard, load_model, most_likely, one_line, parse_config, read_lines,
-                   setup_env, tokenizer_of, weights_hash, wilson)
+                   generate, guard, load_model, most_likely, one_line, option, parse_config,
+                   read_lines, setup_env, tokenizer_of, weights_hash, wilson)
 
 
 @dataclass
 class Config:
-    tags: tuple = ()  # the models, such as d18_9tpp_drope_50; several with --score
-    prompt: str = ""  # print one answer to this, and stop
-    temperature: float = 0.6  # 0: always the most likely token
-    top_k: int = 50  # sample from so many of the most likely tokens, > 0
-    seed: int = 42  # of the sampling, 0 to 4294967295
-    max_tokens: int = 512  # of an answer, > 0
-    score: bool = False  # ask the models the held-out questions
-    questions: int = 100_000  # to ask of each kind, at most, > 0
-    check: bool = False  # only check the options
+    tags: tuple = option((), "the models, such as d18_9tpp_drope_50; several with --score",
+                         positional=True)
+    prompt: str = option("", "print one answer to this, and stop")
+    temperature: float = option(0.6, "0: always the most likely token")
+    top_k: int = option(50, "sample from this many of the most likely tokens", 1)
+    seed: int = option(42, "of the sampling", 0, 2 ** 32 - 1)
+    max_tokens: int = option(512, "of an answer", 1)
+    score: bool = option(False, "score the models on the held-out questions")
+    questions: int = option(100_000, "of each kind, at most", 1)
+    check: bool = option(False, "only check the options")
 
 
 # ---- The python tool -----------------------------------------------------------------------------

@@ -14,10 +14,8 @@ Takes the standard library of this Python (its docstrings) and tok.py. Gives dat
 conversations, words; and demo: results.json and demo.png. Left out: size. 230 thousand parameters
 show how the recipe works, and prove nothing about large models.
 """
-import signal, sys
-if __name__ == "__main__":                                  # Ctrl-C while Python imports
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import ast, hashlib, json, math, multiprocessing, os, re, subprocess, sysconfig, threading, time
+import ast, hashlib, json, math, multiprocessing, os, re, signal, subprocess, sys, sysconfig
+import threading, time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,16 +26,16 @@ import torch
 import torch.nn.functional as F
 
 from model import (GPT, ROPE_THETA, GPTConfig, atomic_write, base_dir, guard, load_tokenizer,
-                   parse_config, rotary_tables, token_bytes)
+                   option, parse_config, rotary_tables, token_bytes)
 from muon import build_optimizer, lr_factor, muon_momentum
 
 
 @dataclass
 class Config:
-    seeds: int = 1      # models of each kind, from different random numbers, > 0
-    steps: int = 1500   # training steps of each model, > 0
-    figure: str = ""    # path of the figure; not given: demo/demo.png beside the other artifacts
-    corpus: bool = False  # only write the corpus
+    seeds: int = option(1, "models of each kind, from different random numbers", 1)
+    steps: int = option(1500, "training steps of each model", 1)
+    figure: str = option("", "path of the figure; default: demo/demo.png in the base folder")
+    corpus: bool = option(False, "only write the corpus")
 
 
 # ---- The corpus: the documentation that every Python carries -------------------------------------

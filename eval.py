@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 
 from model import (ROPE_THETA, Results, atomic_write, base_dir, encode, fetch, file_hash, folder_of,
-                   guard, load_model, one_line, parse_config, read_lines, results_of, rotary_tables,
-                   setup_env, text_column, token_bytes, tokenizer_hash, tokenizer_of, weights_hash,
-                   wilson)
+                   guard, load_model, one_line, option, parse_config, read_lines, results_of,
+                   rotary_tables, setup_env, text_column, token_bytes, tokenizer_hash, tokenizer_of,
+                   weights_hash, wilson)
 
 
 @dataclass
 class Config:
-    tags: tuple = ()  # the base models, such as d18_9tpp_drope_50
-    quick: bool = False  # fewer contexts, prompts and documents
-    table: bool = False  # evaluate nothing, only make the table and the figures
-    check: bool = False  # only check the options
+    tags: tuple = option((), "the base models, such as d18_9tpp_drope_50", positional=True)
+    quick: bool = option(False, "fewer contexts, prompts and documents")
+    table: bool = option(False, "evaluate nothing, only make the table and the figures")
+    check: bool = option(False, "only check the options")
 
 
 @dataclass
@@ -417,7 +417,8 @@ def best_against_control(group, longest, test):
             summary = tested(result, arm, test).get(longest)
             is_control = arm == "cropped" or without_rope and result["key"]["use_rope"]
             if summary:
-                (controls if is_control else arms).append((value(summary), f"{tag}, {arm}", summary))
+                entry = value(summary), f"{tag}, {arm}", summary
+                (controls if is_control else arms).append(entry)
     if not arms or not controls:
         return f"- {test}: nothing to compare"
     (a, name, summary), (b, control, control_summary) = (

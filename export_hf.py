@@ -22,8 +22,9 @@ import torch
 
 from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, fetch,
                    file_hash, folder_of, guard, load_part, load_tokenizer, lock_file,
-                   newest_checkpoint, parse_config, parse_tag, read_lines, read_meta, results_of,
-                   retry, token_bytes, tokenizer_hash, tokenizer_of, unfinished, weights_hash)
+                   newest_checkpoint, option, parse_config, parse_tag, read_lines, read_meta,
+                   results_of, retry, token_bytes, tokenizer_hash, tokenizer_of, unfinished,
+                   weights_hash)
 
 HERE = Path(__file__).parent
 STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}      # what ends a text that a model writes
@@ -31,13 +32,13 @@ STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}      # what ends a text t
 
 @dataclass
 class Config:
-    tag: str = ""                       # which model, such as d18_9tpp_drope_50
-    stage: str = "all"                  # base, sft, or all: those of the two that are there
-    push: str = ""                      # name of a user or organisation: publish the tag there
-    all: bool = False                   # with --push: every finished tag instead of one
-    private: bool = False               # with --push: make the repositories private
-    dry_run: bool = False               # with --push: list files and sizes, upload nothing
-    pull: str = ""                      # USER/nanochat-d18-9tpp: fetch that published tag
+    tag: str = option("", "which model, such as d18_9tpp_drope_50")
+    stage: str = option("all", "base, sft or all: those of the two that exist")
+    push: str = option("", "a user or organisation of the hub: publish the tag there")
+    all: bool = option(False, "with --push: every finished tag instead of one")
+    private: bool = option(False, "with --push: make the repositories private")
+    dry_run: bool = option(False, "with --push: only list the files and their sizes")
+    pull: str = option("", "USER/nanochat-d18-9tpp: download that published tag")
 
 
 # ---- The tokenizer: tiktoken's ranks as tokenizer.json -------------------------------------------

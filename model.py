@@ -507,48 +507,42 @@ def guard(main):
     sys.exit(code)
 
 
-# The command line: a dataclass whose comments are the help and the rules
+# The command line
+
+def option(default, help, low=0, high=math.inf, positional=False):
+    """A field of a Config: its default, its help text, and the limits of a number."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, low=low, high=high, positional=positional))
+
 
 def parse_config(cls, doc, args=None):
-    """Fills the dataclass `cls` from the command line. A field `rows: int = 8  # of a step, > 0`
-    becomes the option --rows with that help; a bool becomes a switch, a tuple takes several words
-    (called tags: those without an option), `int | None` means "worked out when not given". Numbers
-    are finite and not negative; "> 0" in a comment excludes 0 as well, "0 to 99" sets limits."""
+    """Fills a dataclass of option()s from the command line: max_seq_len becomes --max-seq-len. A
+    bool is a switch, a tuple takes several words. `int | None`: the script computes a default."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
-    comments = dict(re.findall(r"^\s+(\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    for field in dataclasses.fields(cls):
-        flag, text = "--" + field.name.replace("_", "-"), comments.get(field.name, "")
-        text = text.replace("%", "%%")
+    fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
+    for flag, field in fields.items():
         kind = next(iter(typing.get_args(field.type)), field.type)      # int | None -> int
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        elif field.name == "tags":
-            parser.add_argument("tags", nargs="*", default=(), metavar="TAG", help=text)
+        about = dict(default=field.default, help=field.metadata["help"].replace("%", "%%"))
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="*", metavar="TAG", **about)
+        elif kind is bool:
+            parser.add_argument(flag, action="store_true", **about)
         elif kind is tuple:
-            parser.add_argument(flag, nargs="+", default=(), metavar="NAME", help=text)
+            parser.add_argument(flag, nargs="+", metavar="TAG", **about)
         else:
-            text += "" if field.default in (None, "") else f" (default: {field.default})"
-            parser.add_argument(flag, type=kind, default=field.default, help=text,
-                                metavar=kind.__name__.upper())
+            if field.default not in (None, ""):
+                about["help"] += " (default: %(default)s)"
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **about)
     config = cls(**vars(parser.parse_intermixed_args(args)))
-    for name, value in vars(config).items():
-        if type(value) in (int, float):
-            problem = number_problem(value, comments.get(name, ""))
-            if problem:
-                parser.error(f"--{name.replace('_', '-')} {value}: {problem}")
+    for flag, field in fields.items():
+        low, high = field.metadata["low"], field.metadata["high"]
+        value = getattr(config, field.name)
+        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
+            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            parser.error(f"{flag} {value}: must be {limits}")
     return config
-
-
-def number_problem(value, comment):
-    """What is wrong with a number, by the rules in its field's comment, or ""."""
-    limits = re.search(r"\b(\d+) to (\d+)\b", comment)
-    if limits and not int(limits[1]) <= value <= int(limits[2]):
-        return f"must be from {limits[1]} to {limits[2]}"
-    if "> 0" in comment and value == 0:
-        return "must be greater than 0"
-    return "" if math.isfinite(value) and value >= 0 else "must be finite and not negative"
 
 
 def log_head(*parts, **more):
@@ -1440,18 +1434,21 @@ class Run:
     """A training run and its folder: lock, starting point, batches, metrics.jsonl, requests to
     stop, and checkpoints.
 
-    self.state is all that a checkpoint holds beside the weights and the optimizer. end_of_step(s)
-    makes it what s steps have made, and nothing of the next one; until the next end_of_step() it
-    may be saved at any moment, but not between next_batch() and there, where the weights change. So
-    a run is saved when that is due, and where it has to end: it was asked to, or has no data. A
-    resumed run does all of the next step, the switch too, and ends with the same tensors: to the
-    bit on a CPU, to rounding on a GPU, where sums have no fixed order."""
+    self.now is what a checkpoint holds besides weights, optimizer and position in the data.
+    end_of_step() copies it to self.saveable. From there to the next next_batch(), weights and
+    self.saveable belong together, and save() may be called; after next_batch() the weights change.
+    So a run is saved when a checkpoint is due, and when it has to end: it was asked to stop, or has
+    no more data. A resumed run starts over with the first thing of a step, be it the switch or a
+    validation, and ends with the same tensors: to the bit on a CPU, to rounding on a GPU, where
+    sums have no fixed order."""
 
     def __init__(self, folder, cfg, recipe, env):
         """Locks the folder and finds its newest checkpoint. recipe: names and values of what
-        changes the weights, which must be those of the checkpoint. env: see setup_env."""
+        changes the weights, which must equal the checkpoint's. env: see setup_env."""
         self.folder, self.cfg, self.recipe, self.env = Path(folder), cfg, recipe, env
-        self.source, self.step, self.meta, self.signal = None, 0, {}, None
+        self.source, self.meta, self.signal = None, {}, None
+        self.now = dict(step=0, done=0.0, val_bpb=None, loop_state=dict(
+            min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0))
         newest = None
         if env.rank == 0:
             self.lock = lock_file(self.folder / ".lock",
@@ -1463,6 +1460,16 @@ class Run:
         if newest is not None:
             self.start_from(self.folder, newest)
             self.refuse(self.difference(self.meta))
+
+    @property
+    def step(self):
+        """The number of steps done, which is the number of the next one."""
+        return self.now["step"]
+
+    @property
+    def done(self):
+        """How much of the run is done, 0 to 1."""
+        return self.now["done"]
 
     def difference(self, meta, but=()):
         """How a checkpoint's recipe differs from this run's (fields in `but` aside), or ""."""
@@ -1484,39 +1491,36 @@ class Run:
                      "another --tag or NANOCHAT_BASE_DIR")
 
     def start_from(self, folder, step):
-        """The starting point: a checkpoint of this run, or one of the run that it branches off."""
-        self.source, self.step, self.meta = Path(folder), step, read_meta(folder, step)
+        """Sets the starting point: a checkpoint of this run, or of the run that it branches off."""
+        self.source, self.meta = Path(folder), read_meta(folder, step)
+        self.now = {key: self.meta.get(key, value) for key, value in self.now.items()}
 
     def loader_state(self):
-        """What the stream of batches needs to go on from the starting point, or None."""
+        """What the stream of batches needs to resume from the starting point, or None."""
         return load_part(self.source, self.step, "loader") if self.source else None
 
     def start(self, model, optimizer, stream, rows, keep=(), **facts):
-        """Loads the starting point (weights, optimizer, RoPE on or off), begins to make batches.
+        """Loads the starting point (weights, optimizer, RoPE on or off) and starts making batches.
         model: not the compiled one. stream, on rank 0: batch(rows) -> int32 (2, rows, T), inputs
         and targets, or sys.exit(why not); state() -> what resumes it. facts: more for the meta."""
         self.model, self.optimizer, self.keep, self.facts = model, optimizer, keep, facts
-        self.shape = (2, rows, self.cfg.max_seq_len)
-        self.loop = dict(min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0)
-        self.val_bpb, self.done = self.meta.get("val_bpb"), self.meta.get("done", 0.0)
+        self.shape, self.position = (2, rows, self.cfg.max_seq_len), None
         if self.source:
             load_weights(model, optimizer, self.source, self.step, self.env.device)
-            self.loop.update(self.meta["loop_state"])
             self.say(f"resuming from step {self.step} of {self.source}")
-        position = None
         if self.env.rank == 0:
             self.open_metrics()
-            position, self.batches = stream.state(), queue.Queue(maxsize=1)
+            self.position, self.batches = stream.state(), queue.Queue(maxsize=1)
             threading.Thread(target=self.make_batches, args=(stream, rows), daemon=True).start()
-        self.started, self.done_at_start, self.saved = time.time(), self.done, self.step
-        self.capture(self.step, position)
+        self.started, self.done_before, self.saved = time.time(), self.done, self.step
+        self.capture()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
                        signal.SIGXCPU):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:       # nohup
                 signal.signal(number, self.take_signal)
 
     def open_metrics(self):
-        """metrics.jsonl as it was when the checkpoint was made, to add to."""
+        """Opens metrics.jsonl, cut to its size when the checkpoint was made."""
         before, size = b"", self.meta.get("metrics_bytes", 0)
         if self.source:
             path = self.source / "metrics.jsonl"
@@ -1524,13 +1528,13 @@ class Run:
             if len(before) < size:
                 before = before[:before.rfind(b"\n") + 1]
                 self.say(f"{path} is missing, or shorter than at step {self.step}: what it held is "
-                         "lost, the run goes on")
+                         "lost, the run continues")
         atomic_write(self.folder / "metrics.jsonl", before)
         self.metrics = open(self.folder / "metrics.jsonl", "a")
 
     def make_batches(self, stream, rows):
         """The loader's thread: makes the next batch while a step is computed. It is a daemon, so it
-        never keeps the program from ending. What goes wrong is for the main thread to say."""
+        never keeps the program from ending. The main thread reports what goes wrong here."""
         batch = problem = None
         while problem is None:
             try:
@@ -1563,29 +1567,39 @@ class Run:
         self.waited, self.position, self.used = time.time() - self.step_began, position, used
         return rows_from_rank_0(batch, self.shape, self.env)
 
-    def end_of_step(self, step, loss, done, lr_factor, **record):
-        """After a step, `step` being the number of steps done: prints and logs it, saves when that
-        is due. loss: a tensor. done: what part of the run is done, 0 to 1."""
+    def end_of_step(self, loss, done, lr_factor, **record):
+        """Counts, prints and logs a step, and saves if a checkpoint is due. loss: a tensor. done:
+        how much of the run is done now, 0 to 1."""
         loss = loss.item()                                  # the step's one wait for the device
+        step, loop = self.step + 1, self.now["loop_state"]
+        self.now.update(step=step, done=done)
         if not math.isfinite(loss):
             self.not_finite(f"the loss of step {step} is {loss}")
-        seconds, self.done = time.time() - self.step_began, done
-        self.loop["total_training_time"] += seconds
-        self.loop["smooth_train_loss"] = 0.9 * self.loop["smooth_train_loss"] + 0.1 * loss
-        smooth = self.loop["smooth_train_loss"] / (1 - 0.9 ** step)
+        seconds = time.time() - self.step_began
+        loop["total_training_time"] += seconds
+        loop["smooth_train_loss"] = 0.9 * loop["smooth_train_loss"] + 0.1 * loss
+        smooth = loop["smooth_train_loss"] / (1 - 0.9 ** step)
         speed = self.cfg.total_batch_size / seconds
         flops = speed * self.model.flops_per_token() / self.env.world
         mfu = f" | mfu {100 * flops / self.env.peak_flops:.1f}%" if self.env.peak_flops else ""
-        left = (time.time() - self.started) / (done - self.done_at_start) * (1 - done)
+        left = (time.time() - self.started) / (done - self.done_before) * (1 - done)
         left = datetime.timedelta(seconds=round(left))
         self.say(f"step {step:05d} | {100 * done:5.1f}% | loss {smooth:.4f} | lr {lr_factor:.3f} | "
                  f"{speed:,.0f} tok/s{mfu} | {seconds:.2f} s | left {left}")
         self.log(step=step, loss=loss, lr_factor=lr_factor, use_rope=self.model.use_rope,
                  tokens=step * self.cfg.total_batch_size, seconds=seconds, waited=self.waited,
                  **record)
-        self.capture(step, self.position)
+        self.capture()
         if done == 1 or step % self.cfg.save_every == 0 or step in self.keep:
             self.save()
+
+    def capture(self):
+        """Sets self.saveable: what the meta file says, and the position in the data."""
+        meta = copy.deepcopy(self.now)
+        meta["loop_state"]["use_rope"] = self.model.use_rope
+        if self.env.rank == 0:
+            meta["metrics_bytes"] = self.metrics.tell()
+        self.saveable = meta, self.position
 
     def validate(self, model, rows, n):
         """(bits per byte of the first n of the ValidationRows, their tokens). model: compiled or
@@ -1596,15 +1610,16 @@ class Run:
             self.stop()
         return val_bpb, tokens
 
-    def validated(self, step, val_bpb, tokens, sample=True):
+    def log_validation(self, val_bpb, tokens, sample=True):
         """Prints and logs a validation on so many tokens. sample: it is one of the equal ones on
         the way, whose least goes into the meta file."""
-        self.val_bpb = val_bpb
+        self.now["val_bpb"] = val_bpb
         if sample:
-            self.loop["min_val_bpb"] = min(self.loop["min_val_bpb"], val_bpb)
-        self.say(f"step {step:05d} | val bpb {val_bpb:.4f} on {tokens:,} tokens, "
+            loop = self.now["loop_state"]
+            loop["min_val_bpb"] = min(loop["min_val_bpb"], val_bpb)
+        self.say(f"step {self.step:05d} | val bpb {val_bpb:.4f} on {tokens:,} tokens, "
                  f"RoPE {'on' if self.model.use_rope else 'off'}")
-        self.log(step=step, val_bpb=val_bpb, eval_tokens=tokens, use_rope=self.model.use_rope)
+        self.log(step=self.step, val_bpb=val_bpb, eval_tokens=tokens, use_rope=self.model.use_rope)
 
     def say(self, text):
         """Prints on rank 0."""
@@ -1642,38 +1657,29 @@ class Run:
     def end(self, why, status):
         """Ends the program before the run is done."""
         if self.env.rank == 0:
-            with contextlib.suppress(OSError):              # where the terminal is gone
-                print(f"stopped at step {self.state['step']}: {why}. The same command resumes from "
-                      f"step {self.saved}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):              # if the terminal is gone
+                print(f"stopped at step {self.step}: {why}. The same command resumes from step "
+                      f"{self.saved}", file=sys.stderr, flush=True)
         sys.exit(status)
 
-    def capture(self, step, position):
-        """self.state of checkpoint `step`. position: of the stream, after that step's batch."""
-        self.state, self.position = dict(step=step, val_bpb=self.val_bpb, done=self.done), position
-        self.state["loop_state"] = {**self.loop, "use_rope": self.model.use_rope}
-        if self.env.rank == 0:
-            self.state["metrics_bytes"] = self.metrics.tell()
-            self.state["position"] = position
-
     def save(self):
-        """Writes self.state, weights and optimizer, unless they are there already. All processes
-        wait until that is done: torchrun kills those that are left soon after one has ended."""
-        step = self.state["step"]
+        """Writes self.saveable, weights and optimizer, unless they were written already. All
+        processes wait for it: torchrun kills the others soon after one has ended."""
+        meta, position = self.saveable
+        step = meta["step"]
         if step != self.saved and self.env.rank == 0:
             for name, p in self.model.named_parameters():
                 if not torch.isfinite(p).all():
                     self.not_finite(f"at step {step} {name} is not finite")
             os.fsync(self.metrics.fileno())
-            meta, loader = dict(self.state), self.state["position"]
-            del meta["position"]
-            shown = {k: v for k, v in loader.items() if not torch.is_tensor(v)}
+            shown = {k: v for k, v in position.items() if not torch.is_tensor(v)}
             micro = largest_divisor(self.shape[1] // self.env.world, self.env.micro)
-            meta.update(model_config=dataclasses.asdict(self.model.config), recipe=self.recipe,
-                        data=self.data, user_config=dataclasses.asdict(self.cfg),
-                        max_seq_len=self.cfg.max_seq_len, device_batch_size=micro,
-                        total_batch_size=self.cfg.total_batch_size, processes=self.env.world,
-                        dataloader_state_dict=shown, finished=False)
-            save_checkpoint(self.folder, step, self.model, self.optimizer, loader,
+            meta = dict(meta, model_config=dataclasses.asdict(self.model.config),
+                        recipe=self.recipe, data=self.data,
+                        user_config=dataclasses.asdict(self.cfg), max_seq_len=self.cfg.max_seq_len,
+                        device_batch_size=micro, total_batch_size=self.cfg.total_batch_size,
+                        processes=self.env.world, dataloader_state_dict=shown, finished=False)
+            save_checkpoint(self.folder, step, self.model, self.optimizer, position,
                             {**meta, **self.facts}, self.keep)
         largest_of_all([0], self.env)
         self.saved = step
@@ -1681,15 +1687,14 @@ class Run:
     def finish(self, **more):
         """Marks the last checkpoint as finished, and adds the last validation to its meta file."""
         if self.env.rank == 0:
-            self.capture(self.state["step"], None)
+            self.capture()
             os.fsync(self.metrics.fileno())
-            del self.state["position"]
-            meta = {**read_meta(self.folder, self.saved), **self.state, "finished": True, **more}
+            meta = {**read_meta(self.folder, self.saved), **self.saveable[0], **more}
             path = checkpoint_files(self.folder, self.saved)["meta"]
-            atomic_write(path, json.dumps(meta, indent=1))
+            atomic_write(path, json.dumps({**meta, "finished": True}, indent=1))
         largest_of_all([0], self.env)
-        self.say(f"finished: {self.folder}, val bpb {self.val_bpb:.4f}, "
-                 f"{self.loop['total_training_time'] / 60:.1f} minutes of training")
+        self.say(f"finished: {self.folder}, val bpb {self.now['val_bpb']:.4f}, "
+                 f"{self.now['loop_state']['total_training_time'] / 60:.1f} minutes of training")
 
     def not_finite(self, what):
         sys.exit(f"{what}. The same command resumes from the last checkpoint (step {self.saved}), "

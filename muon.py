@@ -30,7 +30,7 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(G, steps=5, dtype=torch.float32):
+def polar_express(G, dtype=torch.float32):
     """Orthogonalises each matrix of G (K, rows, cols): keeps its singular vectors, brings its
     singular values near 1. Matmuls only, in `dtype` (Polar Express, arXiv:2505.16932).
 
@@ -47,7 +47,7 @@ def polar_express(G, steps=5, dtype=torch.float32):
     X = G.to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)  # all singular values below 1
     tall = G.size(-2) > G.size(-1)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in POLAR_EXPRESS:
         A = X.mT @ X if tall else X @ X.mT  # (K, n, n), n the smaller of rows and cols
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2, (K, n, n)
         # aX + XB or aX + BX, (K, rows, cols)
@@ -55,14 +55,14 @@ def polar_express(G, steps=5, dtype=torch.float32):
     return X
 
 
-def orthogonalize_shared(G, steps, dtype):
+def orthogonalize_shared(G, dtype):
     """polar_express of G (K, rows, cols), with the K matrices divided among the processes."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return polar_express(G, steps, dtype)
+        return polar_express(G, dtype)
     world, rank = dist.get_world_size(), dist.get_rank()
     share = -(-len(G) // world)  # matrices for each process, rounded up
     padded = torch.cat([G, G.new_zeros(share * world - len(G), *G.shape[1:])])
-    mine = polar_express(padded[rank * share:(rank + 1) * share], steps, dtype)
+    mine = polar_express(padded[rank * share:(rank + 1) * share], dtype)
     everyone = mine.new_empty(padded.shape)
     dist.all_gather(list(everyone.chunk(world)), mine.contiguous())
     return everyone[:len(G)]
@@ -91,12 +91,12 @@ def cautious_step(params, update, lr, weight_decay):
 
 
 def update_matrices(grads, weights, momentum_buffer, second_momentum_buffer,
-                    lr, momentum, beta2, weight_decay, ns_steps, dtype):
+                    lr, momentum, beta2, weight_decay, dtype):
     """One step of Muon in place. All tensors are (K, rows, cols) but second_momentum_buffer, see
     normuon; lr, momentum, beta2 and weight_decay are floats or 0-d tensors."""
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = grads.lerp(momentum_buffer, momentum)  # Nesterov's look ahead
-    update = orthogonalize_shared(update, ns_steps, dtype)
+    update = orthogonalize_shared(update, dtype)
     update = normuon(update, second_momentum_buffer, beta2)
     cautious_step(weights, update, lr, weight_decay)
 
@@ -120,8 +120,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """A group has kind, params and lr. What else it may have (DEFAULTS says what holds without):
 
     adamw: betas, eps, weight_decay. State of each parameter: step, exp_avg, exp_avg_sq.
-    muon, for K float32 matrices of one shape: momentum, ns_steps (of polar_express), beta2 (of
-        normuon), weight_decay. State of the group, kept at its first parameter: momentum_buffer
+    muon, for K float32 matrices of one shape: momentum, beta2 (of normuon), weight_decay; also
+        ns_steps, which is always 5 and there for the nanochat repo, which reads it. State of the group, kept at its first parameter: momentum_buffer
         (K, rows, cols) and second_momentum_buffer (K, rows, 1) or (K, 1, cols).
 
     A parameter without gradient is left alone, and so is its state.
@@ -206,7 +206,7 @@ class MuonAdamW(torch.optim.Optimizer):
         numbers = [lr, group["momentum"], group["beta2"], group["weight_decay"]]
         if self.compiled:  # a float would be a constant: a new value, a new compilation
             numbers = [torch.tensor(number) for number in numbers]
-        self.update_matrices(grads, *changing, *numbers, group["ns_steps"], matmul_dtype(device))
+        self.update_matrices(grads, *changing, *numbers, matmul_dtype(device))
         for tensor, old in zip(changing, before):
             tensor[unused] = old
         torch._foreach_copy_(params, list(weights.unbind(0)))

@@ -25,10 +25,7 @@ model with RoPE to do without, the paper's main use of DroPE. Keep the learning 
 are by default: QK-norm keeps training stable, and at low rates the model recovers less. With RoPE
 left on, --init is plain continued pretraining.
 """
-import signal, sys
-if __name__ == "__main__":              # so that Ctrl-C during the imports is no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import contextlib, hashlib, json, math, os, re, resource, threading, time
+import contextlib, hashlib, json, math, os, re, resource, sys, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,43 +36,43 @@ from model import (FOLDERS, GPT, FetchError, GPTConfig, Run, ValidationRows, acc
                    atomic_write, attention_kernel, base_dir, check_checkpoint, checkpoint_steps,
                    compile_model, difference, encode, fetch, file_hash, finished_checkpoint,
                    folder_of, from_rank_0, generate, guard, largest_divisor, load_part,
-                   load_tokenizer, log_head, name_of, one_line, parse_config, parse_tag, read_lines,
-                   read_meta, retry, rows_at_a_time, rows_of_a_step, say, set_fp8, setup_env,
-                   text_column, token_bytes, tokenizer_hash, weights_hash)
+                   load_tokenizer, log_head, name_of, one_line, option, parse_config, parse_tag,
+                   read_lines, read_meta, retry, rows_at_a_time, rows_of_a_step, say, set_fp8,
+                   setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
 from muon import WARMUP, build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
 @dataclass
-class Config:                           # the comments are the help; "> 0" and "0 to 99" are checked
-    depth: int | None = None            # layers, 1 to 99; not given: the tag's, or 18
-    tpp: float | None = None            # tokens per parameter, > 0, 0 to 9999; else the tag's, or 9
-    drope: int | None = None            # percent of steps with RoPE, 0 to 99; not given: RoPE stays
-    tag: str = ""                       # name of the run; not given: as in d18_9tpp_drope_50
-    init: str = ""                      # start from this finished model, such as d18_9tpp
-    dataset: str = "karpathy/climbmix-400b-shuffle"     # on the hub; "local": what is in data_dir
-    data_dir: str = ""                  # of the shards; default: data/climbmix in the base folder
-    text_column: str = "text"           # of the shards
-    max_seq_len: int = 4096             # tokens of a row, 1 to 1048576
-    total_batch_size: int | None = None # tokens of a step, 1 to 1073741824; default: by the depth
-    device_batch_size: int | None = None    # rows at a time on a device at most, 1 to 1000000
-    embedding_lr: float = 0.3           # AdamW, reference value (see derive), 0 to 100
-    unembedding_lr: float = 0.008       # AdamW, reference value, 0 to 100
-    matrix_lr: float = 0.02             # Muon, reference value, 0 to 100
-    weight_decay: float = 0.28          # Muon, reference value, 0 to 100
-    eval_every: int = 250               # steps between validations, > 0
-    eval_tokens: int = 41_943_040       # tokens of the validation at the end, > 0
-    eval_sample: int = 4_194_304        # the first of those: for validation on the way, > 0
-    save_every: int = 500               # steps between checkpoints, > 0; the last two are kept
-    keep: str = "25,50,75"              # percents where a run with RoPE keeps one for drope runs
-    compile: int | None = None          # torch.compile, 0 to 1; not given: on a GPU
-    fp8: bool = False                   # float8 matmuls in the blocks (H100 or newer)
-    patience: float = 600               # seconds to keep asking a hub that does not answer
-    fetch: int | None = None            # download so many training shards, > 0, and stop
-    status: bool = False                # list the models and how far each is, and stop
-    plan: tuple = ()                    # print steps, tokens, hours, disk of these tags, and stop
-    speed: float = 170_000              # of the plan: tokens/s for d18, modelled for an H100, > 0
-    bench: bool = False                 # time steps on random tokens, print one JSON line, and stop
-    vocab_size: int | None = None       # of --bench and --plan, 1 to 1000000; default: 32768
+class Config:
+    depth: int | None = option(None, "layers; default: from --tag, else 18", 1, 99)
+    tpp: float | None = option(None, "tokens per parameter; default: from --tag, else 9", 0, 9999)
+    drope: int | None = option(None, "percent of the steps with RoPE; default: RoPE stays", 0, 99)
+    tag: str = option("", "name of the run; default: made of the three, as in d18_9tpp_drope_50")
+    init: str = option("", "start from the weights of this finished model, such as d18_9tpp")
+    dataset: str = option("karpathy/climbmix-400b-shuffle", "on the hub; local: only --data-dir")
+    data_dir: str = option("", "folder of the shards; default: data/climbmix in the base folder")
+    text_column: str = option("text", "column of the shards")
+    max_seq_len: int = option(4096, "tokens in a row", 1, 2 ** 20)
+    total_batch_size: int | None = option(None, "tokens in a step; default: by depth", 1, 2 ** 30)
+    device_batch_size: int | None = option(None, "rows at a time on a device, at most", 1, 10 ** 6)
+    embedding_lr: float = option(0.3, "AdamW, reference value (see derive)", 0, 100)
+    unembedding_lr: float = option(0.008, "AdamW, reference value", 0, 100)
+    matrix_lr: float = option(0.02, "Muon, reference value", 0, 100)
+    weight_decay: float = option(0.28, "Muon, reference value", 0, 100)
+    eval_every: int = option(250, "steps between validations", 1)
+    eval_tokens: int = option(41_943_040, "tokens of the validation at the end", 1)
+    eval_sample: int = option(4_194_304, "how many of those for the validations before", 1)
+    save_every: int = option(500, "steps between checkpoints; the last two are kept", 1)
+    keep: str = option("25,50,75", "percents at which a run with RoPE keeps one for drope runs")
+    compile: int | None = option(None, "torch.compile: 0 or 1; default: 1 on a GPU", 0, 1)
+    fp8: bool = option(False, "float8 matmuls in the blocks (H100 or newer)")
+    patience: float = option(600, "seconds after which to give up on a hub that does not answer")
+    fetch: int | None = option(None, "download this many training shards, and stop", 1)
+    status: bool = option(False, "list the models and how far each is, and stop")
+    plan: tuple = option((), "print steps, tokens, hours and disk of these tags, and stop")
+    speed: float = option(170_000, "for --plan: tokens/s of d18, modelled for an H100", 1)
+    bench: bool = option(False, "time steps on random tokens, print one JSON line, and stop")
+    vocab_size: int | None = option(None, "for --bench, --plan; default: 32768", 1, 10 ** 6)
 
 
 # What changes the weights, so that a resumed run must have the same; of init see find_init
@@ -502,7 +499,7 @@ def how_far(folder):
     """A run in one line, from its meta file and metrics.jsonl alone."""
     steps = checkpoint_steps(folder)
     if not steps:
-        return "model_*.pt files without a meta_*.json: the first save was interrupted, or it is lost"
+        return "no meta_*.json beside model_*.pt: the first save was interrupted, or it is lost"
     meta = read_meta(folder, steps[-1])
     words = f"step {meta['step']} of {meta.get('steps', 'unknown')}"
     if meta.get("finished"):
@@ -762,17 +759,17 @@ def main():
                     val_bpb_without_rope=without)
 
         if step % cfg.eval_every == 0:
-            run.validated(step, *validate(cfg.eval_sample))
+            run.log_validation(*validate(cfg.eval_sample))
 
         x, y = run.next_batch()                             # (rows, T) each
         factor = set_schedules(optimizer, step, steps, derived.weight_decay)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_of_step(step + 1, loss, (step + 1) / steps, factor)
+        run.end_of_step(loss, (step + 1) / steps, factor)
 
     # All is saved by now; the validation at the end takes minutes
-    run.validated(steps, *validate(cfg.eval_tokens), sample=False)
+    run.log_validation(*validate(cfg.eval_tokens), sample=False)
     text = sample(model, enc, "The")
     run.say(f"sample: {text!r}")
     if env.rank == 0:

@@ -18,10 +18,7 @@ On purpose different from karpathy/nanochat: a step's loss is the mean over its 
 conversations that are used before the step; the last batch is filled with padding (there, with
 conversations of a second epoch); one without a token to learn in its row is left out.
 """
-import signal, sys
-if __name__ == "__main__":              # so that Ctrl-C during the imports is no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted"))
-import functools, hashlib, itertools, json, random, re
+import functools, hashlib, itertools, json, random, re, sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -35,8 +32,9 @@ from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_g
                    atomic_write, attention_kernel, base_dir, checkpoint_files, checkpoint_steps,
                    compile_model, encode, fetch, fetch_url, file_hash, finished_checkpoint,
                    folder_of, from_rank_0, generate, guard, has_kind, load_tokenizer, load_weights,
-                   log_head, one_line, parse_config, read_meta, rows_at_a_time, rows_of_a_step,
-                   set_fp8, setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
+                   log_head, one_line, option, parse_config, read_meta, rows_at_a_time,
+                   rows_of_a_step, set_fp8, setup_env, text_column, token_bytes, tokenizer_hash,
+                   weights_hash)
 from muon import build_optimizer
 
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -44,26 +42,28 @@ WORDS = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/
 
 
 @dataclass
-class Config:  # the comments are the help; "> 0" and "0 to 1" in them are checked
-    tag: str = ""  # the model to fine-tune, such as d18_9tpp_drope_50; X_long takes the base of X
-    max_seq_len: int | None = None  # tokens in a row, 1 to 1048576; default: 4096; 8192 for _long
-    total_batch_size: int = 1_048_576  # tokens in a step, 1 to 1073741824
-    device_batch_size: int | None = None  # rows at a time, 1 to 1000000; default: as in pretraining
-    init_lr_frac: float = 0.8  # times pretraining's reference learning rates, > 0
-    eval_every: int = 200  # steps between validations, > 0
-    eval_tokens: int = 20_971_520  # tokens in a validation (20 x 2^20), > 0
-    save_every: int = 200  # steps between checkpoints, > 0; the last two are kept
-    skip: str = ""  # sources to leave out, with commas between them, such as identity,gsm8k
-    conversations: str = ""  # X.jsonl: your own, not the hub's; X_val.jsonl: to validate with
-    spelling_rows: int = 200_000  # rows of SimpleSpelling, 0 to 100000000
-    bee_rows: int = 80_000  # rows of SpellingBee, 0 to 100000000
-    identity: str = IDENTITY  # URL or path of the identity conversations
-    words: str = WORDS  # URL or path of the word list for the two spelling tasks
-    patience: int = 600  # seconds after which a file that cannot be fetched is given up
-    compile: int | None = None  # torch.compile, 0 to 1; not given: 1 on a GPU
-    fp8: bool = False  # float8 matmuls in the blocks (H100 and newer)
-    check: bool = False  # only check the options, and the files that they name
-    dry_run: bool = False  # only show three conversations of each source, what is learnt in green
+class Config:
+    tag: str = option("", "the model to fine-tune, such as d18_9tpp_drope_50; X_long starts from X")
+    max_seq_len: int | None = option(
+        None, "tokens in a row; default: 4096, for a _long tag 8192", 1, 2 ** 20)
+    total_batch_size: int = option(1_048_576, "tokens in a step", 1, 2 ** 30)
+    device_batch_size: int | None = option(None, "rows at a time on a device, at most", 1, 10 ** 6)
+    init_lr_frac: float = option(0.8, "times pretraining's reference learning rates", 0, 100)
+    eval_every: int = option(200, "steps between validations", 1)
+    eval_tokens: int = option(20_971_520, "tokens in a validation", 1)
+    save_every: int = option(200, "steps between checkpoints; the last two are kept", 1)
+    skip: str = option("", "sources to leave out, separated by commas: identity,gsm8k")
+    conversations: str = option(
+        "", "X.jsonl: train on these instead of the hub's, and validate on X_val.jsonl")
+    spelling_rows: int = option(200_000, "rows of SimpleSpelling", 0, 10 ** 8)
+    bee_rows: int = option(80_000, "rows of SpellingBee", 0, 10 ** 8)
+    identity: str = option(IDENTITY, "URL or path of the identity conversations")
+    words: str = option(WORDS, "URL or path of the word list for the two spelling tasks")
+    patience: int = option(600, "seconds after which to give up on a download")
+    compile: int | None = option(None, "torch.compile: 0 or 1; default: 1 on a GPU", 0, 1)
+    fp8: bool = option(False, "float8 matmuls in the blocks (H100 or newer)")
+    check: bool = option(False, "only check the options and the files they name")
+    dry_run: bool = option(False, "only show three conversations of each source")
 
 
 # What changes the weights, so that a resumed run must have the same. So must its data: see main
@@ -605,12 +605,12 @@ class Packer:
 
 # ---- The run ------------------------------------------------------------------------------------
 
-def lr_factor(done):
+def chat_lr_factor(done):
     """Constant 1 for the first half of the conversations, then linear to 0. done: 0 to 1."""
     return min(1.0, 2 * (1 - done))
 
 
-def muon_momentum(step):
+def chat_muon_momentum(step):
     """0.85 -> 0.95 over 300 steps."""
     return 0.85 + (0.95 - 0.85) * min(step / 300, 1)
 
@@ -618,10 +618,10 @@ def muon_momentum(step):
 def set_schedules(optimizer, step, done):
     """Learning rates of all groups, momentum of Muon's. Returns lr_factor."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_factor(done)
+        group["lr"] = group["initial_lr"] * chat_lr_factor(done)
         if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step)
-    return lr_factor(done)
+            group["momentum"] = chat_muon_momentum(step)
+    return chat_lr_factor(done)
 
 
 def check_files(cfg):
@@ -746,21 +746,19 @@ def main():
 
     def validate():
         n = max(1, cfg.eval_tokens // cfg.max_seq_len)
-        run.validated(step, *run.validate(compiled, validation_rows, n))
+        run.log_validation(*run.validate(compiled, validation_rows, n))
         if env.rank == 0:
             run.say(sample(model, enc, held_out.mixture.sources[0][-1]))
 
-    step = run.step
     while run.done < 1:
-        if step % cfg.eval_every == 0:
+        if run.step % cfg.eval_every == 0:
             validate()
         x, y = run.next_batch()                                         # (rows, T) each
-        factor = set_schedules(optimizer, step, run.done)
+        factor = set_schedules(optimizer, run.step, run.done)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        run.end_of_step(step, loss, run.used / total, factor, conversations=run.used)
+        run.end_of_step(loss, run.used / total, factor, conversations=run.used)
 
     validate()                                              # all is saved by now
     if env.rank == 0:

@@ -1489,7 +1489,8 @@ def test_a_finished_model_is_recalibrated_or_trained_further(init_base, trunk_ba
     step, meta = final(folder)
     assert step == 10 and meta["loop_state"]["use_rope"] is (drope is None) and meta["finished"]
     assert "--init: only 10 steps, of which the first 40 warm up" in said
-    assert f", starting from step 20 of {TRUNK}, val bpb" in run_here(pretrain, ["--status"], init_base)[1]
+    _, status = run_here(pretrain, ["--status"], init_base)
+    assert f", starting from step 20 of {TRUNK}, val bpb" in status
     name = f"step 20 of {TRUNK}, sha256 {M.weights_hash(source, 20)}"
     assert meta["recipe"]["init"] == name and f"# init = {TRUNK}\n" in said
     assert f"starting from the weights of step 20 of {source}, where in the data" in said
@@ -1655,7 +1656,7 @@ def test_a_request_to_stop_is_followed_while_data_are_awaited(capsys):
         run.take_signal(signal.SIGTERM, None)
         raise queue.Empty
     run.env, run.signal, run.batches = CPU, None, types.SimpleNamespace(get=get)
-    run.state, run.saved, run.save = dict(step=3), 3, lambda: None
+    run.now, run.saved, run.save = dict(step=3), 3, lambda: None
     with pytest.raises(SystemExit, match="75"):
         run.next_batch()
     assert "stopped at step 3: SIGTERM" in capsys.readouterr().err
@@ -2244,8 +2245,8 @@ def test_the_optimizer_of_pretraining_goes_on_with_other_schedules(sft_run):
     matrices = optim["param_groups"][2:]
     assert {group["weight_decay"] for group in matrices} == {0}
     assert {group["initial_lr"] for group in matrices} == {0.4 * 0.2}
-    assert [sft.lr_factor(done) for done in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
-    momenta = [sft.muon_momentum(step) for step in (0, 150, 300, 5000)]
+    assert [sft.chat_lr_factor(done) for done in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
+    momenta = [sft.chat_muon_momentum(step) for step in (0, 150, 300, 5000)]
     assert momenta == pytest.approx([0.85, 0.9, 0.95, 0.95])
     questions = [json.loads(line) for line in (sft_run / "questions.jsonl").open()]
     _, held_out, _ = sft.spelling_bee(sft.Config(words=meta["user_config"]["words"]), "val")
@@ -3817,12 +3818,12 @@ def test_a_bad_record_is_one_line_or_no_matter(own, run_here, name, content):
     ("tok --out-dir new --vocab-size 9999 --workers 1", "too few|give --vocab-size|or less"),
     ("demo raport", "raport"), ("demo --seeds 0", "--seeds 0"), ("demo --steps nan", "--steps"),
     ("pretrain --drope 150", "--drope 150|0 to 99"), ("pretrain --depth 0", "--depth 0|1 to 99"),
-    ("pretrain --tpp nan", "--tpp|--help"), ("pretrain --fetch 0", "--fetch 0|greater than 0"),
+    ("pretrain --tpp nan", "--tpp|--help"), ("pretrain --fetch 0", "--fetch 0|1 or more"),
     ("pretrain --dept 3", "unrecognized|--dept"), ("pretrain --tag ../x", "../x|cannot be a tag"),
     ("pretrain --tag d9_9tpp --depth 18", "--tag d9_9tpp|--depth 18"),
     ("pretrain --tag d9_9tpp_drope_50 --drope 25", "--tag d9_9tpp_drope_50|--drope 25"),
     ("pretrain --tag d18_9.0tpp", "written d18_9tpp"), ("pretrain --tag d18", "a tag is like d18_"),
-    ("pretrain --tag d18_9tpp_long", "sft.py --tag d18_9tpp_long"), ("pretrain --tag my_long", "sft.py"),
+    ("pretrain --tag d18_9tpp_long", "sft.py --tag d18_9tpp_long"),
     ("pretrain --keep 150", "below 100"),
     ("pretrain --total-batch-size 5000", "5000|max_seq_len|use 4096"),
     ("pretrain --tpp 0.001", "--tpp 0.001|0 steps"), ("pretrain --tpp 50000", "--tpp 50000|9999"),
@@ -3844,7 +3845,8 @@ def test_a_bad_record_is_one_line_or_no_matter(own, run_here, name, content):
     ("chat", "which model"), ("chat t --top-k 0", "--top-k 0"), ("chat a b", "which model"),
     ("pretrain --init no --tag x", "--init no: no model in"),
     ("export_hf", "--tag"), ("sft --total-batch-size 0", "--total-batch-size"),
-    ("export_hf --tag ../d3", "../d3|cannot be a tag"), ("export_hf --tag d4_9tpp", "d4_9tpp|run_all.sh"),
+    ("export_hf --tag ../d3", "../d3|cannot be a tag"),
+    ("export_hf --tag d4_9tpp", "d4_9tpp|run_all.sh"),
     ("export_hf --tag x --stage rl", "base, sft or all"), ("export_hf --pull x", "USER/nanochat-d"),
     ("export_hf --tag x --push me/you", "me/you"), ("export_hf --all", "--all|--push"),
     ("export_hf --pull me/nanochat-d3-9tpp --push me", "--pull"),
