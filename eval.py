@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import (ROPE_THETA, Results, atomic_write, base_dir, encode, fetch, file_hash, folder_of,
-                   guard, load_model, one_line, option, parse_config, read_lines, results_of,
-                   rotary_tables, setup_env, text_column, token_bytes, tokenizer_hash, tokenizer_of,
-                   weights_hash, wilson)
+from model import (ROPE_THETA, Results, atomic_write, base_dir, download, encode, file_hash,
+                   folder_of, guard, load_model, one_line, option, parse_config, read_lines,
+                   results_of, rotary_tables, setup_env, text_column, token_bytes, tokenizer_hash,
+                   tokenizer_of, weights_hash, wilson)
 
 
 @dataclass
@@ -287,7 +287,7 @@ def validation_shard(meta):
     if there or config.get("dataset") == "local":
         sys.exit(f"{places[0]} is not the file that the run was validated on: put that one there, "
                  f"or into {places[1].parent}")
-    return fetch("karpathy/climbmix-400b-shuffle", name, places[1], patience=60), column
+    return download("karpathy/climbmix-400b-shuffle", name, places[1], patience=60), column
 
 
 def evaluate(folder, name, sizes, env):

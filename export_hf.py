@@ -20,7 +20,7 @@ from typing import NamedTuple
 import huggingface_hub
 import torch
 
-from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, fetch,
+from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, download,
                    file_hash, folder_of, guard, load_part, load_tokenizer, lock_file,
                    newest_checkpoint, option, parse_config, parse_tag, read_lines, read_meta,
                    results_of, retry, token_bytes, tokenizer_hash, tokenizer_of, unfinished,
@@ -331,7 +331,7 @@ def pull(name):
     user, tag = found[1], found[2].replace("-", "_")
     with tempfile.TemporaryDirectory() as temp:
         repo, new, folder = find_repo(user, tag, "hf-sft")[0], Path(temp), base_dir() / "tokenizer"
-        path = fetch(repo, "tokenizer.json", new / "tokenizer.json", "model")
+        path = download(repo, "tokenizer.json", new / "tokenizer.json", "model")
         try:
             tokenizer_from_json(path.read_text("utf-8"), new)
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -366,8 +366,8 @@ def pull_checkpoint(repo, hashes, folder, temp):
             path = folder / name
             if path.exists() and file_hash(path, git=len(hashes[name]) == 40) != hashes[name]:
                 path.unlink()                               # left over from something else
-            fetch(repo, name, path, "model")
-        meta = json.loads(fetch(repo, files["meta"].name, temp, "model").read_text())
+            download(repo, name, path, "model")
+        meta = json.loads(download(repo, files["meta"].name, temp, "model").read_text())
         # The nanochat repo's chat checkpoints do not say if they have RoPE; the folder's name does
         said = meta.setdefault("loop_state", {}).get("use_rope")
         meta["loop_state"]["use_rope"] = use_rope = "_drope_" not in folder.name

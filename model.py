@@ -1005,7 +1005,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
 
 # Downloads
 
-class FetchError(SystemExit):
+class DownloadError(SystemExit):
     """A download that failed for good, in one line. Being a SystemExit, it passes `except
     Exception`, and where nobody catches it, it ends the program with that line."""
 
@@ -1034,7 +1034,7 @@ def within(seconds, work):
 def retry(name, patience, attempt,
           denied="it does not exist, or the token in HF_TOKEN may not read or write it"):
     """attempt(), again and again for `patience` seconds in all, with growing pauses, or as long as
-    the server's Retry-After says. FetchError at the end, and at once where asking again is of no
+    the server's Retry-After says. DownloadError at the end, and at once where asking again is of no
     use. denied: what to do about the statuses 401 and 403."""
     start, pause = time.time(), 1.0
     while True:
@@ -1048,18 +1048,18 @@ def retry(name, patience, attempt,
             status = 0 if reply is None else reply.status_code
             text = f"{name}: {one_line(e)}"
             if status in (401, 403):
-                raise FetchError(f"{name}: the server answers {status}: {denied}") from None
+                raise DownloadError(f"{name}: the server answers {status}: {denied}") from None
             if 400 <= status < 500 and status not in (408, 429) or status == 501:
-                raise FetchError(f"{text} ({status})") from None
+                raise DownloadError(f"{text} ({status})") from None
             if isinstance(e, ValueError):                   # no URL, no name of a repository ...
-                raise FetchError(text) from None
+                raise DownloadError(text) from None
             network = isinstance(e, (ConnectionError, TimeoutError))
             if isinstance(e, OSError) and e.errno and not network:
                 raise                                       # a disk; it is no use to ask a server
             asked = "" if reply is None else reply.headers.get("Retry-After", "")
             wait = max(pause, float(asked)) if asked.isdigit() else pause
             if time.time() - start + wait > patience:
-                raise FetchError(f"{text}; gave up after {patience:.0f} s") from None
+                raise DownloadError(f"{text}; gave up after {patience:.0f} s") from None
             print(f"{text}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait)
             pause = min(2 * pause, 60.0)
@@ -1072,7 +1072,7 @@ def hub_file(repo_id, filename, **where):
     return get_hf_file_metadata(hf_hub_url(repo_id, filename, **where))
 
 
-def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patience=600):
+def download(repo_id, filename, dest, repo_type="dataset", revision="main", patience=600):
     """Downloads a file of a hub repository to `dest`, unless it is there; returns the path. Beyond
     what huggingface_hub does, it compares the hub's own hash, tries again, and downloads a file
     once when several processes want it. patience: seconds in all, and what the file takes at
@@ -1084,7 +1084,7 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
     part = dest.with_name(f".{dest.name}.part")     # a folder: huggingface_hub keeps its own files
     lock_path = dest.with_name(f".{dest.name}.lock")
 
-    def download():
+    def attempt():
         if part.is_file():                          # of another program
             part.unlink()
         if part.exists():                           # an earlier attempt, perhaps another program's
@@ -1102,17 +1102,17 @@ def fetch(repo_id, filename, dest, repo_type="dataset", revision="main", patienc
     if dest.exists():
         return dest
     if constants.HF_HUB_OFFLINE:
-        raise FetchError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids to download it")
+        raise DownloadError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids to download it")
     busy = f"{name}: another process has been downloading it for more than {patience:.0f} s"
     with lock_file(lock_path, busy, patience):
         if not dest.exists():
             about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
-            retry(name, patience + (about.size or 0) / 1e6, download)
+            retry(name, patience + (about.size or 0) / 1e6, attempt)
         lock_path.unlink(missing_ok=True)           # who waits for it finds dest, and is content
     return dest
 
 
-def fetch_url(url, dest, patience=600, check=None):
+def download_url(url, dest, patience=600, check=None):
     """Downloads a plain file to `dest`, unless it is there; returns the path. check(bytes) says
     what is wrong with what came, or ""."""
     import requests

@@ -120,8 +120,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """A group has kind, params and lr. What else it may have (DEFAULTS says what holds without):
 
     adamw: betas, eps, weight_decay. State of each parameter: step, exp_avg, exp_avg_sq.
-    muon, for K float32 matrices of one shape: momentum, beta2 (of normuon), weight_decay; also
-        ns_steps, which is always 5 and there for the nanochat repo, which reads it. State of the group, kept at its first parameter: momentum_buffer
+    muon, for K float32 matrices of one shape: momentum, beta2 (of normuon), weight_decay, and
+        ns_steps, always 5, which only the nanochat repo reads. State of the group, kept at its first parameter: momentum_buffer
         (K, rows, cols) and second_momentum_buffer (K, rows, 1) or (K, 1, cols).
 
     A parameter without gradient is left alone, and so is its state.

@@ -32,13 +32,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (FOLDERS, GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
-                   atomic_write, attention_kernel, base_dir, check_checkpoint, checkpoint_steps,
-                   compile_model, difference, encode, fetch, file_hash, finished_checkpoint,
-                   folder_of, from_rank_0, generate, guard, largest_divisor, load_part,
-                   load_tokenizer, log_head, name_of, one_line, option, parse_config, parse_tag,
-                   read_lines, read_meta, retry, rows_at_a_time, rows_of_a_step, say, set_fp8,
-                   setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
+from model import (FOLDERS, GPT, DownloadError, GPTConfig, Run, ValidationRows,
+                   accumulate_gradients, atomic_write, attention_kernel, base_dir, check_checkpoint,
+                   checkpoint_steps, compile_model, difference, download, encode, file_hash,
+                   finished_checkpoint, folder_of, from_rank_0, generate, guard, largest_divisor,
+                   load_part, load_tokenizer, log_head, name_of, one_line, option, parse_config,
+                   parse_tag, read_lines, read_meta, retry, rows_at_a_time, rows_of_a_step, say,
+                   set_fp8, setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
 from muon import WARMUP, build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
@@ -241,23 +241,23 @@ class Shards:
         return revision, sha256
 
     def get(self, name):
-        """The path of a shard, once it is there. FetchError after cfg.patience seconds."""
+        """The path of a shard, once it is there. DownloadError after cfg.patience seconds."""
         path = self.folder / name
         if path.exists():
             return path
         if self.cfg.dataset == "local":
-            raise FetchError(f"{path} is missing")
-        return fetch(self.cfg.dataset, name, path, revision=self.revision,
+            raise DownloadError(f"{path} is missing")
+        return download(self.cfg.dataset, name, path, revision=self.revision,
                      patience=self.cfg.patience)
 
     def hash(self, name):
-        """The sha256 of a shard. FetchError if it is not the known one: of the hub, or of the file
+        """The sha256 of a shard. DownloadError if it is not the known one: of the hub, or of the file
         that this run, or the one that it branches off, has read."""
         path = self.get(name)
         self.stats[name] = stat_of(path)
         sha256 = file_hash(path)
         if self.sha256.setdefault(name, sha256) != sha256:
-            raise FetchError(f"{path} is damaged, or not the file that this run began with (its "
+            raise DownloadError(f"{path} is damaged, or not the file that this run began with (its "
                              f"sha256 is another): {self.advice}")
         return sha256
 
@@ -265,7 +265,7 @@ class Shards:
         """Begins to download a shard in the background. get() blocks until that is complete; if it
         fails, get() tries again and says why."""
         def attempt():
-            with contextlib.suppress(OSError, FetchError):
+            with contextlib.suppress(OSError, DownloadError):
                 self.get(name)
 
         threading.Thread(target=attempt, daemon=True).start()
@@ -275,7 +275,7 @@ class Shards:
         import pyarrow
         path, column = self.get(name), self.cfg.text_column
         if self.stats.setdefault(name, stat_of(path)) != stat_of(path):
-            raise FetchError(f"{path} was replaced while it was being read: {self.advice}")
+            raise DownloadError(f"{path} was replaced while it was being read: {self.advice}")
         try:
             with text_column(path, column) as shard:
                 if group is None:
@@ -283,7 +283,7 @@ class Shards:
                 texts = shard.read_row_group(group, [column])[column].to_pylist()
                 return [text or "" for text in texts]
         except (pyarrow.ArrowException, OSError, ValueError, LookupError) as e:
-            raise FetchError(f"{path} cannot be read ({one_line(e)}): {self.advice}") from None
+            raise DownloadError(f"{path} cannot be read ({one_line(e)}): {self.advice}") from None
 
 
 # ---- Rows: best-fit packing ---------------------------------------------------------------------
@@ -392,7 +392,7 @@ class PackedRows:
 
     def batch(self, rows):
         """int32 (2, rows, T), inputs and targets; fewer rows where the documents run out, and None
-        where there is none. FetchError if there is no text in them."""
+        where there is none. DownloadError if there is no text in them."""
         made = []
         while len(made) < rows and (row := self.next_row()) is not None:
             made.append(row)
@@ -400,7 +400,7 @@ class PackedRows:
             return None
         made = np.array(made, dtype=np.int32)
         if not self.found_text:
-            raise FetchError(f"{self.shards.folder} holds documents without text in column "
+            raise DownloadError(f"{self.shards.folder} holds documents without text in column "
                              f"{self.shards.cfg.text_column!r}: use other shards")
         return np.stack((made[:, :-1], made[:, 1:]))
 

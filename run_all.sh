@@ -176,9 +176,10 @@ stage() {
         "$@" & CHILD=$! LAUNCHER="$1"
         set +m
         [ -z "$STOPPED" ] || forward "$STOPPED" TERM
-        while :; do
-            code=0; wait "$CHILD" || code=$?
-            kill -0 "$CHILD" 2>/dev/null || break   # else a signal ended the wait, not the stage
+        while true; do          # wait also returns after a trap, while the stage is still running
+            code=0
+            wait "$CHILD" || code=$?
+            kill -0 "$CHILD" 2>/dev/null || break
         done
         CHILD="" LAUNCHER=""
     fi
@@ -303,9 +304,9 @@ main() {
         test) shift; setup; exec python test_all.py "$@";;
         chat) shift; tags="$(tag_of "$@")"; setup; python chat.py "$tags"; return;;
     esac
-    local words="$*" what=all_stages dry='^(.*) --dry-run( [1-9][0-9]*)?$'
+    local words="$*" only_plan="" dry='^(.*) --dry-run( [1-9][0-9]*)?$'
     if [[ "$words" =~ $dry ]]; then
-        words="${BASH_REMATCH[1]}" SPEED="${BASH_REMATCH[2]}" what=plan
+        words="${BASH_REMATCH[1]}" SPEED="${BASH_REMATCH[2]}" only_plan=yes
     fi
     if [ "$words" = release ]; then
         [[ "$TAGS" =~ [^[:space:]] ]] || die "TAGS is blank: unset it for the 20 tags"
@@ -314,7 +315,11 @@ main() {
         tags="$(tag_of "$words")"
     fi
     setup
-    $what $tags
+    if [ -n "$only_plan" ]; then
+        plan $tags
+    else
+        all_stages $tags
+    fi
 }
 
 main "$@"; exit         # on one line: bash has read the whole file by now, so it may be edited

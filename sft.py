@@ -28,9 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model import (GPT, FetchError, GPTConfig, Run, ValidationRows, accumulate_gradients,
+from model import (GPT, DownloadError, GPTConfig, Run, ValidationRows, accumulate_gradients,
                    atomic_write, attention_kernel, base_dir, checkpoint_files, checkpoint_steps,
-                   compile_model, encode, fetch, fetch_url, file_hash, finished_checkpoint,
+                   compile_model, download, download_url, encode, file_hash, finished_checkpoint,
                    folder_of, from_rank_0, generate, guard, has_kind, load_tokenizer, load_weights,
                    log_head, one_line, option, parse_config, read_meta, rows_at_a_time,
                    rows_of_a_step, set_fp8, setup_env, text_column, token_bytes, tokenizer_hash,
@@ -97,26 +97,27 @@ def joined(parts):
     return merged
 
 
-def problem(messages, finished=False):
-    """What is wrong with a conversation, in words, or "".
+def what_is_wrong(messages, finished=False):
+    """Why a conversation cannot be rendered, or "".
 
-    It is [system] user assistant user assistant ..., each {"role": ..., "content": text, or a list
-    of parts}; only an assistant's may be python. A `finished` one has an answer, nothing empty."""
+    It must be [system] user assistant user assistant ..., each {"role": ..., "content": text or a
+    list of parts}; only the assistant may call python. `finished`: it must also end with an answer,
+    and no message may be empty."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "not a list of messages"
-    n_system = sum(message.get("role") == "system" for message in messages[:1])
-    roles = ["system"] * n_system + ["user", "assistant"] * len(messages)
-    for n, (message, role) in enumerate(zip(messages, roles), 1):
-        if message.get("role") != role:
-            return f"message {n} is of role {message.get('role')!r} where {role!r} was expected"
+    first_turn = 1 if messages and messages[0].get("role") == "system" else 0
+    for n, message in enumerate(messages):
+        role, expected = message.get("role"), "assistant" if (n - first_turn) % 2 else "user"
+        if n >= first_turn and role != expected:
+            return f"message {n + 1} has role {role!r} instead of {expected!r}"
         for part in parts_of(message):
             types = PARTS if role == "assistant" else ["text"]
             known = isinstance(part, dict) and str(part.get("type")) in types
             if not known or not isinstance(part.get("text"), str):
-                return f"message {n} has content that is neither text nor parts: {part!r:.60}"
+                return f"message {n + 1} has content that is neither text nor parts: {part!r:.60}"
         if finished and not any(part["text"].strip() for part in parts_of(message)):
-            return f"message {n} is empty"
-    if len(messages) == n_system or finished and role == "user":
+            return f"message {n + 1} is empty"
+    if len(messages) == first_turn or finished and messages[-1]["role"] == "user":
         return "it ends before an answer"
     return ""
 
@@ -125,8 +126,8 @@ def render(enc, messages):
     """Messages -> (ids, mask), two lists of one length; mask is 1 where a token is learnt, else 0.
 
     Text never becomes a special token, whatever it says. A system message goes before the first
-    user message, with a blank line between. Raises ValueError where problem() finds one."""
-    wrong = problem(messages)
+    user message, with a blank line between. Raises ValueError where what_is_wrong() finds one."""
+    wrong = what_is_wrong(messages)
     if wrong:
         raise ValueError(wrong)
     if messages[0]["role"] == "system":
@@ -157,9 +158,9 @@ def render(enc, messages):
 # ---- Files ---------------------------------------------------------------------------------------
 
 class Source(NamedTuple):
-    rows: int
-    messages: Callable  # from the number of a row to its messages
-    sha256: str  # of the files that they are made of
+    n_rows: int
+    get: Callable  # from the number of a row to its messages
+    sha256: str  # of the files that the rows are made of
 
 
 def hub_rows(config, repo, name, n_files, to_messages, column=None):
@@ -170,7 +171,7 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
     for i in range(n_files):
         file = f"{name}-{i:05d}-of-{n_files:05d}.parquet"
         dest = base_dir() / "data" / "sft" / Path(repo).name / Path(file).name
-        path = fetch(repo, file, dest, patience=config.patience)
+        path = download(repo, file, dest, patience=config.patience)
         try:
             if column:
                 text_column(path, column).close()
@@ -180,22 +181,23 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
         hashes += file_hash(path)
     table = pa.concat_tables(tables)
     order = np.random.default_rng(42).permutation(len(table))
-    return Source(len(table), lambda i: to_messages(table.slice(order[i], 1).to_pylist()[0]),
-                  hashlib.sha256(hashes.encode()).hexdigest())
+    def get(i):
+        return to_messages(table.slice(order[i], 1).to_pylist()[0])
+    return Source(len(table), get, hashlib.sha256(hashes.encode()).hexdigest())
 
 
 def plain_file(config, where, check):
     """The bytes of a URL, fetched once into data/sft, or of a path. check(bytes) says what is wrong
-    with them, or "". Raises FetchError where there is no such file."""
+    with them, or "". Raises DownloadError where there is no such file."""
     if "://" in where:
         # named after the whole URL: files of two servers are two files
         dest = base_dir() / "data" / "sft" / quote(where, safe="")
-        path = fetch_url(where, dest, config.patience, check)
+        path = download_url(where, dest, config.patience, check)
         advice = "delete it, and it is fetched again"
     elif Path(where).is_file():
         path, advice = Path(where), "correct it, or give another file"
     else:
-        raise FetchError(f"no file {where}")
+        raise DownloadError(f"no file {where}")
     data = path.read_bytes()
     wrong = check(data)
     if wrong:
@@ -214,7 +216,7 @@ def wrong_line(data):
     """The first bad line of such a file, and why, or ""."""
     for n, line in enumerate(data.splitlines(), 1):
         try:
-            wrong = problem(json.loads(line), finished=True) if line.strip() else ""
+            wrong = what_is_wrong(json.loads(line), finished=True) if line.strip() else ""
         except (ValueError, RecursionError) as e:
             wrong = f"not a JSON array of messages ({one_line(e)})"
         if wrong:
@@ -224,7 +226,8 @@ def wrong_line(data):
 
 # ---- The sources, each a function of the config and the split, "train" or "val" -----------------
 
-def chat(question, answer):
+def exchange(question, answer):
+    """A conversation of two messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -243,21 +246,21 @@ def identity(config, split):
 def mmlu(config, split):
     """Multiple choice (arXiv:2009.03300). A letter comes last in its line and without a space, so
     that it is the very token to be answered."""
-    def messages(row):
+    def to_messages(row):
         letters = "ABCDEFGH"
         choices = "".join(f"- {text}={c}\n" for text, c in zip(row["choices"], letters))
-        return chat(f"Multiple Choice question: {row['question']}\n{choices}\n"
+        return exchange(f"Multiple Choice question: {row['question']}\n{choices}\n"
                     "Respond only with the letter of the correct answer.", letters[row["answer"]])
     name = "all/auxiliary_train" if split == "train" else "all/test"
-    return hub_rows(config, "cais/mmlu", name, 1, messages, "question")
+    return hub_rows(config, "cais/mmlu", name, 1, to_messages, "question")
 
 
 def gsm8k(config, split):
     """Word problems, calculated with Python (arXiv:2110.14168)."""
-    def messages(row):
-        return chat(row["question"], calculator_parts(row["answer"]))
+    def to_messages(row):
+        return exchange(row["question"], calculator_parts(row["answer"]))
     name = "main/train" if split == "train" else "main/test"
-    return hub_rows(config, "openai/gsm8k", name, 1, messages, "question")
+    return hub_rows(config, "openai/gsm8k", name, 1, to_messages, "question")
 
 
 def calculator_parts(answer):
@@ -277,15 +280,15 @@ def tulu(config, split):
     """Longer conversations (arXiv:2311.10702). Of the good rows, shuffled, the last 1,500 are held
     out (of a smaller file a twentieth) and the first 100,000 of the others are learnt."""
     dest = base_dir() / "data" / "sft" / "tulu" / "tulu_v2_data.jsonl"
-    path = fetch("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=config.patience)
+    path = download("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=config.patience)
     starts = tulu_rows(path)
     n_train = len(starts) - min(1_500, len(starts) // 20)
     starts = starts[:n_train][:100_000] if split == "train" else starts[n_train:]
-    def messages(i):
+    def get(i):
         with open(path, "rb") as f:
             f.seek(starts[i])
             return json.loads(f.readline())["messages"]
-    return Source(len(starts), messages, file_hash(path))
+    return Source(len(starts), get, file_hash(path))
 
 
 @functools.lru_cache(None)
@@ -299,7 +302,7 @@ def tulu_rows(path):
             try:
                 messages = json.loads(line)["messages"]
                 texts_only = all(isinstance(m["content"], str) for m in messages)
-                if texts_only and not problem(messages):
+                if texts_only and not what_is_wrong(messages):
                     starts.append(position)
             except (ValueError, KeyError, TypeError, RecursionError):
                 pass  # counted as dropped below
@@ -310,7 +313,7 @@ def tulu_rows(path):
     return starts
 
 
-def conversations(config, split):
+def own_conversations(config, split):
     """One's own, in place of all sources above."""
     path = Path(config.conversations)
     if split == "val":
@@ -352,17 +355,18 @@ def simple_spelling(config, split):
     """"Spell the word: apple" -> "apple:a,p,p,l,e"."""
     words, sha256 = word_list(config)
     random.Random(42).shuffle(words)  # else row i would draw the same word as SpellingBee's row i
-    def messages(i):
+    def get(i):
         word = random.Random(SEED[split] + i).choice(words)
-        return chat(f"Spell the word: {word}", f"{word}:{','.join(word)}")
-    return Source(config.spelling_rows, messages, sha256)
+        return exchange(f"Spell the word: {word}", f"{word}:{','.join(word)}")
+    return Source(config.spelling_rows, get, sha256)
 
 
 def spelling_bee(config, split):
     """Counting a letter of a word by hand, then with Python."""
     words, sha256 = word_list(config)
-    return Source(config.bee_rows, lambda i: count_letter(random.Random(SEED[split] + i), words),
-                  sha256)
+    def get(i):
+        return count_letter(random.Random(SEED[split] + i), words)
+    return Source(config.bee_rows, get, sha256)
 
 
 def count_letter(rng, words):
@@ -384,7 +388,7 @@ def count_letter(rng, words):
     for n, here in enumerate(word, 1):
         count += here == letter
         text += f"{n}:{here} hit! count={count}\n" if here == letter else f"{n}:{here}\n"
-    return chat(question, [
+    return exchange(question, [
         {"type": "text", "text": f"{text}\nThat makes {count}. Now the same with Python:\n\n"},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},
         {"type": "python_output", "text": str(count)},
@@ -393,18 +397,25 @@ def count_letter(rng, words):
 
 # ---- The mixture: all rows of all sources in one shuffled order ---------------------------------
 
+class Ingredient(NamedTuple):
+    open: Callable  # from config and split to a Source
+    n_rows: int  # as published
+    epochs: int
+    n_held_out: int  # rows to validate on
+    n_questions: int = 0  # held-out rows that chat.py asks
+
+
 ALL = sys.maxsize
-SOURCES = {  # name: (function, published rows, epochs, rows to validate with)
-    "smoltalk": (smoltalk, 460_341, 1, ALL),
-    "identity": (identity, 1_000, 2, 0),
-    "mmlu": (mmlu, 99_842, 3, 5_200),
-    "gsm8k": (gsm8k, 7_473, 4, 420),
-    "spelling": (simple_spelling, 200_000, 1, 0),
-    "spellingbee": (spelling_bee, 80_000, 1, 0),
-    "tulu": (tulu, 100_000, 1, 1_500),  # with a _long tag
-    "conversations": (conversations, ALL, 1, ALL),  # with --conversations
+INGREDIENTS = {
+    "smoltalk": Ingredient(smoltalk, 460_341, 1, ALL),
+    "identity": Ingredient(identity, 1_000, 2, 0),
+    "mmlu": Ingredient(mmlu, 99_842, 3, 5_200, ALL),
+    "gsm8k": Ingredient(gsm8k, 7_473, 4, 420, ALL),
+    "spelling": Ingredient(simple_spelling, 200_000, 1, 0),
+    "spellingbee": Ingredient(spelling_bee, 80_000, 1, 0, 256),
+    "tulu": Ingredient(tulu, 100_000, 1, 1_500),  # for a _long tag
+    "conversations": Ingredient(own_conversations, ALL, 1, ALL),  # with --conversations
 }
-QUESTIONS = {"mmlu": ALL, "gsm8k": ALL, "spellingbee": 256}  # held-out rows for eval.py
 
 
 class Mixture:
@@ -413,9 +424,9 @@ class Mixture:
 
     def __init__(self, sources):
         self.sources = sources
-        sizes = [source.rows * epochs for _, epochs, source in sources]
+        sizes = [source.n_rows * epochs for _, epochs, source in sources]
         source_of = np.repeat(np.arange(len(sources)), sizes)
-        row_of = [np.tile(np.arange(source.rows), epochs) for _, epochs, source in sources]
+        row_of = [np.tile(np.arange(source.n_rows), epochs) for _, epochs, source in sources]
         order = list(range(sum(sizes)))
         random.Random(42).shuffle(order)  # the same as shuffling the list of (source, row) pairs
         self.source_of, self.row_of = source_of[order], np.concatenate(row_of)[order]
@@ -425,11 +436,11 @@ class Mixture:
 
     def identity(self):
         """{source: rows, epochs, hash}: what must be the same when a run is resumed."""
-        return {name: f"{source.rows} rows x {epochs}, sha256 {source.sha256}"
+        return {name: f"{source.n_rows} rows x {epochs}, sha256 {source.sha256}"
                 for name, epochs, source in self.sources}
 
     def table(self):
-        lines = [f"{name:13} {source.rows:9,} rows x {epochs} = {source.rows * epochs:9,}"
+        lines = [f"{name:13} {source.n_rows:9,} rows x {epochs} = {source.n_rows * epochs:9,}"
                  for name, epochs, source in self.sources]
         return "\n".join([*lines, f"{'conversations':29}= {len(self):9,}"])
 
@@ -438,7 +449,7 @@ class Mixture:
         name, _, source = self.sources[self.source_of[i]]
         row = int(self.row_of[i])
         try:
-            return render(enc, source.messages(row))
+            return render(enc, source.get(row))
         except (ValueError, LookupError, TypeError) as e:
             sys.exit(f"row {row} of {name} is no conversation ({one_line(e)}): --skip {name} "
                      "leaves it out")
@@ -453,8 +464,8 @@ def source_names(config):
         names = ["conversations", "spelling", "spellingbee"]
     skipped = [name for name in config.skip.split(",") if name]
     for name in skipped:
-        if name not in SOURCES:
-            sys.exit(f"--skip {name}: the sources are {', '.join(SOURCES)}")
+        if name not in INGREDIENTS:
+            sys.exit(f"--skip {name}: the sources are {', '.join(INGREDIENTS)}")
     return [name for name in names if name not in skipped]
 
 
@@ -464,28 +475,29 @@ def open_mixture(config, split):
     each."""
     sources, lost = [], []
     for name in source_names(config):
-        function, published, epochs, held_out = SOURCES[name]
-        wanted = published if split == "train" else held_out
-        if wanted == 0:
+        ingredient = INGREDIENTS[name]
+        expected = ingredient.n_rows if split == "train" else ingredient.n_held_out
+        if expected == 0:
             continue
         try:
-            source = function(config, split)
-        except FetchError as e:
-            role = f"{published * epochs:,} conversations" if split == "train" else "validation"
-            lost.append(f"{name}: {e}. It is there for {role}; add --skip {name} to train without "
+            source = ingredient.open(config, split)
+        except DownloadError as e:
+            n = ingredient.n_rows * ingredient.epochs
+            use = f"{n:,} conversations of the mixture" if split == "train" else "the validation"
+            lost.append(f"{name}: {e}. It is needed for {use}; add --skip {name} to train without "
                         "it")
             config = replace(config, patience=min(config.patience, 10))  # for the other sources
             continue
         if split == "val":
-            source, epochs = source._replace(rows=min(source.rows, wanted)), 1
-        if source.rows != wanted < ALL and not config.conversations:
+            source = source._replace(n_rows=min(source.n_rows, expected))
+        if expected not in (ALL, source.n_rows) and not config.conversations:
             kind = "mixture" if split == "train" else "validation"
-            print(f"{name}: {source.rows:,} rows where the published {kind} has {wanted:,}",
+            print(f"{name}: {source.n_rows:,} rows, but the published {kind} has {expected:,}",
                   file=sys.stderr)
-        sources.append((name, epochs, source))
+        sources.append((name, ingredient.epochs if split == "train" else 1, source))
     if lost:
         sys.exit("\n".join(lost))
-    if not any(source.rows for _, _, source in sources):
+    if not any(source.n_rows for _, _, source in sources):
         purpose = "train on" if split == "train" else "validate with"
         sys.exit(f"no conversation is left to {purpose}: use fewer of --skip, or more rows")
     return Mixture(sources)
@@ -496,10 +508,10 @@ def write_questions(config, path):
     "messages"}. The file is empty where the mixture has no such source."""
     lines = []
     for name in source_names(config):
-        if name in QUESTIONS:
-            source = SOURCES[name][0](config, "val")
-            for i in range(min(source.rows, QUESTIONS[name])):
-                lines.append(json.dumps({"source": name, "messages": source.messages(i)}) + "\n")
+        if INGREDIENTS[name].n_questions:
+            source = INGREDIENTS[name].open(config, "val")
+            for i in range(min(source.n_rows, INGREDIENTS[name].n_questions)):
+                lines.append(json.dumps({"source": name, "messages": source.get(i)}) + "\n")
     atomic_write(path, "".join(lines))
 
 
@@ -510,8 +522,8 @@ def dry_run(config):
     for split, mixture in mixtures.items():
         print(f"{split}:\n{mixture.table()}\n")
     for name, _, source in mixtures["train"].sources:
-        for row in range(min(3, source.rows)):
-            ids, mask = render(enc, source.messages(row))
+        for row in range(min(3, source.n_rows)):
+            ids, mask = render(enc, source.get(row))
             print(f"\033[1m{name}, row {row}: {len(ids):,} tokens, {sum(mask):,} learnt\033[0m")
             print(coloured(enc, ids[:400], mask), "...\n" if len(ids) > 400 else "\n")
 
@@ -628,8 +640,8 @@ def check_files(cfg):
     """One line and exit for a source or a file that will not do. Downloads nothing."""
     names = source_names(cfg)
     if "conversations" in names:
-        conversations(cfg, "train")
-        conversations(cfg, "val")
+        own_conversations(cfg, "train")
+        own_conversations(cfg, "val")
     if "identity" in names and "://" not in cfg.identity:
         identity(cfg, "train")
     if "://" not in cfg.words:
@@ -641,7 +653,7 @@ REFERENCE_LRS = ("embedding_lr", "unembedding_lr", "matrix_lr")
 
 def sample(model, enc, source, n=64):
     """A question and the model's greedy answer to it: the first question of a Source."""
-    asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", source.messages(0)))
+    asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", source.get(0)))
     ids = [*render(enc, asked)[0], enc.encode_single_token("<|assistant_start|>")]
     end, answer = enc.encode_single_token("<|assistant_end|>"), []
     for [token] in generate(model, [ids], n):

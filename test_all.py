@@ -1615,8 +1615,8 @@ def test_patience_limits_the_total_also_of_a_server_that_answers_too_slowly(
     hub.faults = {name: [fault] * 9}
     hub.silent = fault == "silent"
     def fail():
-        with pytest.raises(M.FetchError, match="too slowly; gave up after 3 s"):
-            M.fetch_url(url, tmp_path / "x", patience=3)
+        with pytest.raises(M.DownloadError, match="too slowly; gave up after 3 s"):
+            M.download_url(url, tmp_path / "x", patience=3)
     assert elapsed(fail) < 6
     args = ("pretrain.py", "--fetch", 2, "--patience", 3)
     seconds = elapsed(lambda: script(*args, base=tmp_path, env=hub.env, status=1))
@@ -1630,8 +1630,8 @@ def test_what_cannot_succeed_is_not_tried_again(hub, tmp_path, monkeypatch, wher
     monkeypatch.setattr(M.time, "sleep", lambda seconds: pytest.fail("tried again"))
     hub.files["page"], hub.files["forbidden"] = b" <!DOCTYPE html><html>", b"1"
     hub.faults = {"forbidden": [403]}
-    with pytest.raises(M.FetchError, match=f"(?i){says}"):
-        M.fetch_url(where.replace("HUB", hub.url), tmp_path / "x")
+    with pytest.raises(M.DownloadError, match=f"(?i){says}"):
+        M.download_url(where.replace("HUB", hub.url), tmp_path / "x")
 
 
 def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatch, capsys):
@@ -1641,7 +1641,7 @@ def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     hub.faults = {"shard_00000.parquet": ["corrupt", "short"]}
-    M.fetch("x/y", "shard_00000.parquet", tmp_path / "shard", patience=20)
+    M.download("x/y", "shard_00000.parquet", tmp_path / "shard", patience=20)
     said = capsys.readouterr().err
     assert "damaged on the way" in said and "was interrupted: starting from zero" in said
     assert M.file_hash(tmp_path / "shard") == M.file_hash(
@@ -1969,8 +1969,8 @@ def test_ids_and_mask_of_a_conversation(tmp_path):
 
 
 @pytest.mark.parametrize("messages, why", [
-    (chat("a", "b")[::-1], "message 1 is of role 'assistant' where 'user' was expected"),
-    (chat("a", "b") + [{"role": "system", "content": "s"}], "message 3 is of role 'system'"),
+    (chat("a", "b")[::-1], "message 1 has role 'assistant' instead of 'user'"),
+    (chat("a", "b") + [{"role": "system", "content": "s"}], "message 3 has role 'system'"),
     (chat("a", [{"type": "image", "text": "x"}]), "message 2 has content that is neither text nor"),
     ([{"role": "system", "content": "s"}], "it ends before an answer"), ("text", "not a list")])
 def test_what_is_no_conversation_is_named(tmp_path, messages, why):
@@ -2079,8 +2079,8 @@ def test_a_file_of_the_web_is_fetched_until_it_is_whole(hub, sft_home, monkeypat
     assert sft.identity(config, "train")[0] == 20 and not hub.faults["x.jsonl"]
     name = f"http%3A%2F%2F127.0.0.1%3A{hub.server_port}%2Fx.jsonl"  # another server, another file
     assert (sft_home / "data/sft" / name).read_bytes() == good
-    with pytest.raises(M.FetchError, match="404"):          # no use in asking again
-        M.fetch_url(f"{hub.url}/missing", sft_home / "missing", 600)
+    with pytest.raises(M.DownloadError, match="404"):          # no use in asking again
+        M.download_url(f"{hub.url}/missing", sft_home / "missing", 600)
 
 
 def mixture_of(*sources):
@@ -2103,24 +2103,25 @@ def test_the_mixture_never_shrinks_in_silence(sft_home, monkeypatch, capsys):
     """A source of another size gives a notice; one that cannot be had, a line saying what is
     lost."""
     published = ("smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee")
-    sizes = [sft.SOURCES[name][1] * sft.SOURCES[name][2] for name in published]
+    sizes = [sft.INGREDIENTS[name].n_rows * sft.INGREDIENTS[name].epochs for name in published]
     assert sizes == [460_341, 2_000, 299_526, 29_892, 200_000, 80_000] and sum(sizes) == 1_071_759
 
     def gone(repo, filename, dest, **options):
-        raise M.FetchError(f"{repo} is gone")
+        raise M.DownloadError(f"{repo} is gone")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(sft, "fetch", gone)
+        patch.setattr(sft, "download", gone)
         sft.open_mixture(sft_config(sft_home, identity="nowhere.jsonl"), "train")
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["smoltalk", "identity", "mmlu", "gsm8k"]
-    assert lines[2] == ("mmlu: cais/mmlu is gone. It is there for 299,526 conversations; add "
-                        "--skip mmlu to train without it")
-    for name, (_, _, epochs, _) in sft.SOURCES.items():
+    assert lines[2] == ("mmlu: cais/mmlu is gone. It is needed for 299,526 conversations of the "
+                        "mixture; add --skip mmlu to train without it")
+    for name, ingredient in sft.INGREDIENTS.items():
         ten = lambda config, split: sft.Source(10, lambda i: chat("a", str(i)), "")
-        monkeypatch.setitem(sft.SOURCES, name, (ten, 11 if name == "mmlu" else 10, epochs, 0))
+        monkeypatch.setitem(sft.INGREDIENTS, name, ingredient._replace(
+            open=ten, n_rows=11 if name == "mmlu" else 10, n_held_out=0))
     for options, expected, notice in (
             ({}, 10 * (1 + 2 + 3 + 4 + 1 + 1),
-             "mmlu: 10 rows where the published mixture has 11\n"),
+             "mmlu: 10 rows, but the published mixture has 11\n"),
             (dict(skip="mmlu", tag="d2_1tpp_long"), 10 * (1 + 2 + 4 + 1 + 1 + 1), "")):
         assert len(sft.open_mixture(sft_config(sft_home, **options), "train")) == expected
         assert capsys.readouterr().err == notice

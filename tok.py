@@ -13,24 +13,20 @@ The text is cut into chunks, about words, and equal ones are counted. train_slow
 algorithm, and train does the same fast; its tokens are those of rustbpe, one by one. Left out:
 encoding (tiktoken does that), more than 65,536 ids.
 """
-import os
-import signal
-import sys
-
-if __name__ == "__main__":  # before the slow imports, so that Ctrl-C is one line there, too
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("interrupted"))
-
 import argparse
 import base64
 import json
-import re
+import os
+import signal
+import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from heapq import heapify, heappop, heappush
-from itertools import cycle, islice
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -52,21 +48,7 @@ FETCH = "`python pretrain.py --fetch 8`"
 
 # ---- Counting: text -> {chunk: how often} --------------------------------------------------------
 
-# Python's re is 1.6 times as fast as regex, but knows no \p{L} and \p{N}, and has another \s. So
-# these three are written out for it, up to U+FFFF; a text with characters beyond that (emoji) is
-# left to regex. Its possessive ?+ and ++ are plain ones here: giving back would not help to match.
-characters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-L, N, S = ["".join(f"{run[0]}-{run[-1]}" for run in regex.findall(kind, characters))
-           for kind in (r"\p{L}+", r"\p{N}+", r"\s+")]
-fast = re.compile(rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n{L}{N}]?[{L}]+|[{N}]{{1,2}}"
-                  rf"| ?[^{S}{L}{N}]+[\r\n]*|[{S}]*[\r\n]|[{S}]+(?![^{S}])|[{S}]+")
-full = regex.compile(PATTERN)
-beyond = re.compile("[\U00010000-\U0010FFFF]")
-
-
-def split(text):
-    """The chunks of a text: end to end they are the text again."""
-    return (full if beyond.search(text) else fast).findall(text)
+split = regex.compile(PATTERN).findall  # a text -> its chunks, which end to end are the text again
 
 
 class Shards(NamedTuple):
@@ -116,61 +98,36 @@ def count_row_group(shards, path, group, max_chars):
     return counts, chars, docs
 
 
-def count_row_groups(shards, max_chars, first=0, step=1):
-    """path, group and what count_row_group says, for every step-th row group from `first` on."""
-    for path, group in islice(shards.row_groups(), first, None, step):
-        yield path, group, *count_row_group(shards, path, group, max_chars)
+def ignore_ctrl_c():
+    """For the workers: Ctrl-C reaches all processes, but the main one ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def work(pipe, *args):
-    """A worker: sends the counts of one row group after the other, and None at the end. Sending
-    waits until the main process takes them, and fails when that is gone."""
+def count_row_groups(shards, max_chars, workers):
+    """Yields path, group and what count_row_group returns, for all row groups in order."""
+    if workers == 1:
+        for path, group in shards.row_groups():
+            yield path, group, *count_row_group(shards, path, group, max_chars)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), ignore_ctrl_c)
+    row_groups, waiting = shards.row_groups(), deque()
     try:
-        for result in count_row_groups(*args):
-            pipe.send(result)
-        pipe.send(None)
-    except ValueError as e:
-        pipe.send(e)
-    except BrokenPipeError:
-        pass
-
-
-def count_in_parallel(shards, max_chars, workers):
-    """The same as count_row_groups, in the same order. Of n workers each counts every n-th row
-    group, and their results are taken in turn."""
-    context = get_context("spawn")
-    pipes, processes = [], []
-    # Workers inherit that Ctrl-C is ignored: it is for the main process
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for i in range(workers):
-        mine, theirs = context.Pipe(duplex=False)
-        args = (theirs, shards, max_chars, i, workers)
-        processes.append(context.Process(target=work, args=args, daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(mine)
-    signal.signal(signal.SIGINT, handler)
-    try:
-        for pipe in cycle(pipes):
-            result = pipe.recv()
-            if result is None:
-                break
-            if isinstance(result, ValueError):
-                raise result
-            yield result
+        while True:
+            for path, group in islice(row_groups, 2 * workers - len(waiting)):
+                counted = pool.submit(count_row_group, shards, path, group, max_chars)
+                waiting.append((path, group, counted))
+            if not waiting:
+                return
+            path, group, counted = waiting.popleft()
+            yield path, group, *counted.result()
     finally:
-        for process in processes:
-            process.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 def count_chunks(shards, max_chars, workers):
     """The first max_chars characters -> {chunk: count}, characters, documents, shards read."""
     total, total_chars, total_docs, n_shards = Counter(), 0, 0, 0
-    if workers == 1:
-        results = count_row_groups(shards, max_chars)
-    else:
-        results = count_in_parallel(shards, max_chars, workers)
-    with closing(results):
+    with closing(count_row_groups(shards, max_chars, workers)) as results:
         for path, group, counts, chars, docs in results:
             if shards.paths.index(path) == n_shards:  # the next shard begins
                 n_shards += 1
@@ -403,7 +360,7 @@ def main():
     except ValueError as e:
         sys.exit(f"cannot read a shard: {' '.join(str(e).split())}; replace or remove it "
                  f"({FETCH} downloads what is missing of ClimbMix)")
-    except EOFError:
+    except BrokenProcessPool:
         sys.exit("a worker died, perhaps for lack of memory: try again with --workers 1")
     print(f"counted {chars:,} characters, {len(counts):,} distinct chunks "
           f"in {time.time() - start:.1f} s", flush=True)
@@ -435,6 +392,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except BrokenPipeError:  # `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
