@@ -306,9 +306,6 @@ class GPT(nn.Module):
             losses.append(F.cross_entropy(logits, ts, ignore_index=-1, reduction="none"))
         return torch.cat(losses).view(B, T)
 
-    # A constant in a compiled graph, where otherwise each layer would compute cosines. So neither
-    # rotary_tables nor dtype may change once the model is compiled.
-    @torch.compiler.assume_constant_result
     def rotary(self, T, device):
         """The tables as rotate() wants them, cos and sin in one tensor, (2, T, 1, head_dim)."""
         cos, sin = self.rotary_tables(T, self.config.n_embd // self.config.n_head, device)
@@ -1237,6 +1234,8 @@ def compile_model(model, env):
     if not env.compile:
         return model
     torch._dynamo.config.recompile_limit = 32
+    # The tables become a constant of the graph: else each layer would compute its cosines again
+    GPT.rotary = torch.compiler.assume_constant_result(GPT.rotary)
     return torch.compile(model, fullgraph=True, dynamic=False)
 
 
