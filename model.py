@@ -7,12 +7,12 @@
     model.use_rope = False                      # DroPE: from here on without positional embeddings
 
 Pre-norm blocks, RMSNorm without weights, RoPE followed by QK-norm, SwiGLU, no biases, untied head,
-softcapped logits. RoPE (arXiv:2104.09864) helps a transformer to learn fast. Dropped in the middle
-of pretraining (DroPE, arXiv:2512.12167), it no longer ties the model to the lengths it was trained
-at. Nothing takes its place: a causal mask alone lets a model learn the order of tokens.
+softcapped logits. RoPE (arXiv:2104.09864) helps a transformer learn fast. Once it is dropped in the
+middle of pretraining (DroPE, arXiv:2512.12167), the model is no longer tied to the lengths it was
+trained at. Nothing replaces it: the causal mask alone lets a model learn the order of tokens.
 
-To copy the model into another project, take this file and delete everything below "What the scripts
-share": the model itself needs only torch, math, copy and dataclass. Left out: dropout,
+To copy the model into another project, delete everything below "What the scripts share": the model
+itself needs only torch, math, copy and dataclass. Left out: dropout,
 grouped-query attention.
 """
 import copy
@@ -69,23 +69,23 @@ def rotary_tables(T, head_dim, device, theta=ROPE_THETA):
 def rotate(x, cos, sin):
     """Rotates each pair (x1[i], x2[i]) of x (B, T, n_head, head_dim), x1 and x2 being the halves of
     head_dim, to (x1 cos + x2 sin, x2 cos - x1 sin). cos and sin: (T, 1, head_dim) as GPT.rotary
-    makes them, sin with its second half negated. The published models turn this way; textbooks
-    turn the other."""
+    makes them, sin with its second half negated. The published models rotate in this direction,
+    textbooks in the other."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)         # (x2, x1)
     return x * cos + swapped * sin
 
 
 def query_scale(positions, n_train, c):
     """max(1, 1 + c ln(n / n_train)) for queries at `positions` (..., T), which attend to n =
-    position + 1 tokens: float32 (..., T, 1, 1). The more tokens there are, the smaller the share of
-    a softmax that the right one can get. Sharper logits make up for it (arXiv:2501.19399)."""
+    position + 1 tokens: float32 (..., T, 1, 1). The more tokens compete in a softmax, the less the
+    right one can get. Sharper logits compensate for that (arXiv:2501.19399)."""
     n = (positions + 1).float()
     return (1 + c * (n / n_train).log()).clamp(min=1)[..., None, None]
 
 
 class Linear(nn.Linear):
-    """No bias. The weight stays in float32 and is cast to the activations' dtype where it is used.
-    With fp8 set, training (not evaluation) multiplies in float8."""
+    """No bias. The weight is stored in float32 and cast to the dtype of the activations. With fp8
+    set, training (not evaluation) multiplies in float8."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -143,7 +143,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-# ---- The loss, without ever holding the logits of the whole batch -------------------------------
+# ---- The loss, without holding all logits at once -----------------------------------------------
 
 def softcapped(x, weight):
     """Logits 15 tanh(x W^T / 15) in float32 (arXiv:2408.00118): (N, C), (V, C) -> (N, V)."""
@@ -159,9 +159,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies, computed together with its gradients, a chunk of positions at a time.
 
     At 16 x 4,096 positions and 32,768 ids, one float32 copy of the logits takes 8.6 GB, and a plain
-    loss holds several. Nothing needs them all at once: the loss is a sum, so its gradients can be
-    made as soon as a chunk's logits are there (Liger Kernel, arXiv:2410.10989). backward() only
-    scales them."""
+    loss holds several. But the loss is a sum, so the gradients of a chunk can be computed as soon
+    as its logits are (Liger Kernel, arXiv:2410.10989). backward() only scales them."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):            # (N, C), (V, C), (N,)
@@ -192,9 +191,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 # ---- Float8: half the bits of bfloat16, twice the speed of a matmul on an H100 -------------------
-# 8 bits are few, so there are two ways to spend them (arXiv:2209.05433). e4m3 has 4 bits for the
-# exponent, 3 for the mantissa: steps of 1/8, up to 448. e5m2 has 5 and 2: steps of 1/4, up to
-# 57,344. Weights and activations need the precision, gradients the range.
+# There are two formats (arXiv:2209.05433). e4m3 has 4 bits for the exponent and 3 for the mantissa:
+# steps of 1/8, up to 448. e5m2 has 5 and 2: steps of 1/4, up to 57,344. Weights and activations
+# need the precision, gradients the range.
 
 def to_float8(x, dtype):
     """x in float8, scaled so that the largest |x| becomes the largest number of the dtype; and the
@@ -205,9 +204,9 @@ def to_float8(x, dtype):
 
 
 def float8_mm(a, a_scale, b, b_scale, dtype, fast=False):
-    """(M, K) @ (K, N) of float8, summed in float32. A GPU wants `a` by rows and `b` by columns in
-    memory; on a CPU it is emulated, for tests. fast: sums in the fewer bits of Hopper's tensor
-    cores, good enough forward, not for gradients (the defaults of torchao)."""
+    """(M, K) @ (K, N) in float8, summed in float32. A GPU needs `a` in row-major and `b` in
+    column-major order; a CPU emulates it, for tests. fast: Hopper sums in fewer bits, which is good
+    enough for the forward pass, but not for gradients (the defaults of torchao)."""
     if not a.is_cuda:
         return ((a.float() @ b.float()) * (a_scale * b_scale)).to(dtype)
     a, b = a.contiguous(), b.t().contiguous().t()
@@ -216,8 +215,7 @@ def float8_mm(a, a_scale, b, b_scale, dtype, fast=False):
 
 
 class Float8Matmul(torch.autograd.Function):
-    """y = x W^T and its two gradients, grad_x = grad_y W and grad_W = grad_y^T x: three matmuls, in
-    float8 all of them."""
+    """y = x W^T and its gradients, grad_x = grad_y W and grad_W = grad_y^T x, all in float8."""
 
     @staticmethod
     def forward(ctx, x, weight):                            # (N, C_in), (C_out, C_in) -> (N, C_out)
@@ -238,11 +236,11 @@ class Float8Matmul(torch.autograd.Function):
 # ---- The model -----------------------------------------------------------------------------------
 
 class GPT(nn.Module):
-    """Decoder-only transformer. `use_rope` is part of it, like its weights: save it with them.
+    """Decoder-only transformer. `use_rope` belongs to it like its weights: save it with them.
 
-    Two attributes are for inference beyond the training length, config.sequence_len. logn_scale: c
-    of query_scale(), 0 as trained. rotary_tables: a function like the one above, for RoPE scaled in
-    another way. Activations are in `dtype`: bfloat16 on a GPU that has it, else float32."""
+    Two attributes are for inference beyond the training length, config.sequence_len. logn_scale:
+    the c of query_scale(), 0 as trained. rotary_tables: a function like the one above, for scaled
+    RoPE. dtype: of the activations, bfloat16 on a GPU that has it, else float32."""
 
     def __init__(self, config, use_rope=True, dtype=torch.float32):
         super().__init__()
@@ -260,7 +258,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Residual branches start at zero (both c_proj), so every block begins as the identity."""
+        """Both c_proj are zero, so every block starts as the identity."""
         uniform = 3 ** 0.5 * self.config.n_embd ** -0.5     # U(-a, a) has std a / sqrt(3)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
@@ -273,16 +271,16 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)
 
     def forward(self, idx, targets=None, reduction="sum", chunk=None, cache=None, last=0):
-        """idx (B, T) int64 -> float32 logits (B, T, V), or only those of the `last` positions, (B,
-        last, V). With targets (B, T; -1 is not counted): the sum of the cross entropies in nats, or
-        with reduction="none" each of them, (B, T).
-        chunk: positions whose logits are held at a time; 4,096 keep a GPU busy, 512 suit a CPU.
-        cache: idx continues the rows of this KVCache, which then holds it as well."""
+        """idx (B, T) int64 -> float32 logits (B, T, V), or (B, last, V) of the last positions only.
+        With targets (B, T; -1: ignored): the sum of the cross entropies in nats, or, with
+        reduction="none", each of them, (B, T).
+        chunk: positions whose logits are in memory at a time; default: 4,096 on a GPU, else 512.
+        cache: a KVCache whose rows idx continues, and which then also holds idx."""
         B, T = idx.shape
         chunk = chunk or (4096 if idx.is_cuda else 512)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.start(T)
         rotary = scale = None
-        if self.use_rope:                                   # DroPE: all that the model knows of it
+        if self.use_rope:                                   # DroPE: the only line that knows of it
             rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
             rotary = rotary.unbind()                        # cos, sin: (..., T, 1, head_dim) each
         if self.logn_scale:                                 # never in training
@@ -317,8 +315,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
 
     def flops_per_token(self, T=None):
-        """Forward and backward: 6 for each parameter of N, and for each layer's attention
-        12 x T/2 (causal) x n_embd."""
+        """Forward and backward: 6 per parameter of N, and in each layer 12 x T/2 x n_embd for
+        causal attention."""
         T = T or self.config.sequence_len
         return 6 * self.num_scaling_params() + 6 * self.config.n_layer * self.config.n_embd * T
 
@@ -328,9 +326,9 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values of B texts, each of its own length, up to S tokens.
 
-    What a token looks like to later ones, its key and value in each layer, never changes, because
-    no token attends to later ones. So each is computed once and kept: to write the next token, the
-    model runs on one position instead of on the whole text."""
+    A token's keys and values never change, because no token attends to later ones. So they are
+    computed once and kept: for the next token the model runs on one position, not on the whole
+    text."""
 
     def __init__(self, model, B, S):
         config, device = model.config, model.lm_head.weight.device
@@ -349,22 +347,22 @@ class KVCache:
         return one
 
     def start(self, T):
-        """Makes room for T more tokens in each row. Returns their positions, (B, T)."""
+        """Prepares for T more tokens in each row. Returns their positions, (B, T)."""
         _, B, n_head, S, head_dim = self.keys.shape
         longest = int(self.lengths.max())
         if longest + T > S:
             raise ValueError(f"{longest + T} tokens do not fit into a cache of {S}")
         positions = self.lengths.to(self.slots.device).view(B, 1) + self.slots[:T]
         self.places = positions.view(B, 1, T, 1).expand(B, n_head, T, head_dim)
-        self.mask = None                # an empty cache needs none but the usual causal mask
-        if longest > 0:                 # else each token attends to its row, up to and with itself
-            filled = math.ceil((longest + T) / 64) * 64     # few shapes: kernels are chosen by them
+        self.mask = None                # for an empty cache, the usual causal mask will do
+        if longest > 0:                 # else each token attends to its row, up to itself
+            filled = math.ceil((longest + T) / 64) * 64     # few shapes, so few kernels
             self.mask = self.slots[:filled] <= positions.view(B, 1, T, 1)   # (B, 1, T, filled)
         return positions
 
     def extend(self, layer, k, v):
-        """Puts the new tokens' keys and values (B, n_head, T, head_dim) of a layer in their places.
-        Returns those of the whole rows, and the mask."""
+        """Stores a layer's keys and values of the new tokens, (B, n_head, T, head_dim). Returns
+        those of the whole rows, and the mask."""
         keys, values = self.keys[layer], self.values[layer]     # (B, n_head, S, head_dim)
         keys.scatter_(2, self.places, k)
         values.scatter_(2, self.places, v)
@@ -383,9 +381,9 @@ def most_likely(logits):
 def generate(model, texts, n, choose=most_likely, cache=None):
     """Continues B texts, lists of ids. Yields n times a list of B ids, the next one of each text.
 
-    The texts are read one by one, as they differ in length; then all grow together, by a token a
-    step. The caller may replace ids in a list it gets: generation continues from those. choose:
-    from logits (B, V) to ids (B,). cache: of an earlier call, if it holds the beginnings of these
+    The texts are read one by one, because they differ in length; then all grow by one token per
+    step. The caller may replace ids in a yielded list: generation continues from those. choose:
+    from logits (B, V) to ids (B,). cache: from an earlier call, holding the beginnings of these
     texts; only the rest, at least one token, is computed."""
     device = model.lm_head.weight.device
     cache = cache or KVCache(model, len(texts), max(map(len, texts)) + n)
@@ -403,14 +401,15 @@ def generate(model, texts, n, choose=most_likely, cache=None):
 
 
 # ---- What the scripts share (when you copy the model, delete from here to the end) --------------
-# An error that the user can fix ends the program with sys.exit(one line): what, where, and how.
+# From here on the file is about operations: files, downloads, processes. Errors that a user can fix
+# end the program with sys.exit(one line): what is wrong, where, and how to fix it.
 
 import argparse, atexit, base64, contextlib, dataclasses, datetime, errno, functools, hashlib
 import inspect, itertools, json, os, platform, queue, re, shutil, signal, socket, subprocess, sys
 import sysconfig, threading, time, traceback, typing
 from pathlib import Path
 
-INTERRUPTED = 75        # exit status: stopped on request, all saved, run the same command again
+INTERRUPTED = 75        # exit status: stopped on request and saved; the same command resumes
 SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>",
                   "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>",
                   "<|output_end|>")                         # the last ids, in this order
@@ -450,16 +449,16 @@ def parse_tag(tag):
 
 
 def one_line(error):
-    """The first line of an error's text, or its name where it has no text. For an OSError: the
-    file, and what the system says."""
+    """The first line of an error's text, or its name if it has no text. For an OSError: the file
+    and the system's message."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def say(text):
-    """Prints a line. If nobody can read it any more (`| head`, a closed terminal), sends this
-    process SIGTERM: a training run then saves and stops."""
+    """Prints a line. If the output is closed (`| head`, a closed terminal), sends this process
+    SIGTERM, so that a training run saves and stops."""
     try:
         print(text, flush=True)
     except OSError:
@@ -468,14 +467,13 @@ def say(text):
 
 
 def discard_output():
-    """Sends to /dev/null what is still printed, and what Python flushes when it ends."""
+    """Sends the rest of the output, and what Python flushes at its end, to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def guard(main):
-    """Runs a script's main(). What is not a bug here is one line on stderr, without a traceback:
-    what the system refuses, too little memory, Ctrl-C. Of several processes on a machine the first
-    one prints it."""
+    """Runs a script's main(). Errors that are not bugs (files, memory, Ctrl-C) become one line on
+    stderr, without a traceback. Of several processes on a machine only the first one prints it."""
     try:
         code = main()
         print(end="", flush=True)
@@ -497,8 +495,8 @@ def guard(main):
             sys.exit(f"out of memory ({one_line(e)}): use a smaller --device-batch-size")
         if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
             raise
-        code = ("another process has ended, and may have said why: the same command resumes from "
-                "the last checkpoint")
+        code = ("another process has ended (its message is above, if it had one): the same command "
+                "resumes from the last checkpoint")
     if isinstance(code, str) and os.environ.get("LOCAL_RANK", "0") != "0":
         code = 1
     sys.exit(code)
@@ -554,11 +552,11 @@ def log_head(*parts, **more):
         print(f"# {key} = {value}", flush=True)
 
 
-# The tokenizer that tok.py made
+# The tokenizer
 
 def load_tokenizer(folder):
-    """The tiktoken.Encoding that tok.py stored in `folder`. Exits with one line unless its ids are
-    0 ... n - 1, each of another token, all bytes among them, and then the special tokens."""
+    """The tiktoken.Encoding that tok.py stored in `folder`. Exits unless its ids are 0 ... n - 1,
+    one per token, with all single bytes among them, followed by the special tokens."""
     import tiktoken
     config_file, ranks_file = Path(folder) / "config.json", Path(folder) / "tokenizer.tiktoken"
     if not config_file.exists() or not ranks_file.exists():
@@ -586,8 +584,8 @@ LONG_SPACE = 100_000
 
 
 def encode(enc, texts):
-    """Texts -> a list of ids for each; what spells a special token stays text. tiktoken panics on
-    millions of white-space characters in a row, so longer runs are cut at every LONG_SPACE."""
+    """Texts -> a list of ids for each. "<|bos|>" in a text stays text. tiktoken panics on millions
+    of white-space characters in a row, so such runs are cut into pieces of LONG_SPACE."""
     pieces, numbers = [], []
     for text in texts:
         cuts = [0, len(text)]
@@ -595,20 +593,20 @@ def encode(enc, texts):
             cuts[1:1] = (match.start() + i for match in re.finditer(r"\s+", text)
                          for i in range(LONG_SPACE, len(match[0]), LONG_SPACE))
         pieces += [text[a:b] for a, b in zip(cuts, cuts[1:])]
-        numbers.append(len(cuts) - 1)                       # of pieces, nearly always 1
+        numbers.append(len(cuts) - 1)                       # pieces of this text, nearly always 1
     ids = iter(enc.encode_ordinary_batch(pieces, num_threads=4))
     return [list(itertools.chain(*itertools.islice(ids, n))) for n in numbers]
 
 
 def token_bytes(enc):
-    """Bytes of each id, int64 (n_vocab,), 0 for special tokens: what bits per byte divides by."""
+    """Bytes of each id, int64 (n_vocab,), 0 for special tokens: for bits per byte."""
     special = set(enc._special_tokens.values())
     return torch.tensor([0 if i in special else len(enc.decode_single_token_bytes(i))
                          for i in range(enc.n_vocab)])
 
 
 def tokenizer_hash(enc):
-    """A short name for what the tokenizer does: a checkpoint says with which one it was trained."""
+    """A short hash: every checkpoint names the tokenizer it was trained with."""
     ranks, special = sorted(enc._mergeable_ranks.items()), sorted(enc._special_tokens.items())
     return hashlib.sha256(repr((enc._pat_str, ranks, special)).encode()).hexdigest()[:16]
 
@@ -640,20 +638,20 @@ def atomic_write(path, content):
 
 
 def remove_leftovers(folder, start):
-    """Deletes the temporary files of atomic_write whose process on this machine was killed."""
+    """Deletes temporary files of atomic_write whose process, on this machine, was killed."""
     for path in folder.glob(".*.tmp"):
         pid = path.name.removeprefix(start).removesuffix(".tmp")
         if path.name.startswith(start) and pid.isdecimal():
             try:
-                os.kill(int(pid), 0)                        # signal 0: only asks if it is there
+                os.kill(int(pid), 0)                        # signal 0: does the process exist?
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
             except PermissionError:
-                pass                                        # it is, and another user's
+                pass                                        # it does, and is another user's
 
 
 def file_hash(path, git=False):
-    """The sha256 of a file, in hex. git: the sha1 that git has, and the hub for its small files."""
+    """The sha256 of a file, in hex. git: git's sha1, which the hub gives for small files."""
     digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path)) if git else hashlib.sha256()
     with open(path, "rb") as f:
         for block in iter(lambda: f.read(1 << 24), b""):
@@ -685,7 +683,7 @@ def lock_file(path, busy, patience=0):
 
 
 def has_kind(value, kind):
-    """Whether a value read from JSON is of a type. An int is a good float, a bool no number."""
+    """Whether a value read from JSON has a type. An int may be a float; a bool is no number."""
     if kind in (int, float):
         number = type(value) is int or kind is float and type(value) is float
         return number and abs(value) < 1e15                 # not nan either
@@ -693,14 +691,14 @@ def has_kind(value, kind):
 
 
 def read_lines(path, fields, optional={}):
-    """The records of a .jsonl file, none where there is no file. fields: {name: type} of what a
-    record must have; optional: of what it may have."""
+    """The records of a .jsonl file, [] if it does not exist. fields: {name: type} that a record
+    must have; optional: that it may have."""
     records = []
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
         for number, record in enumerate(map(json.loads, lines), 1):
             if not isinstance(record, dict):
-                raise ValueError(f"line {number} is no record")
+                raise ValueError(f"line {number} is not a record")
             for name, kind in {**optional, **fields}.items():
                 if (name in fields or name in record) and not has_kind(record.get(name), kind):
                     raise ValueError(f"{name} in line {number} is {record.get(name)!r:.40}, not "
@@ -712,8 +710,7 @@ def read_lines(path, fields, optional={}):
 
 
 def wilson(k, n):
-    """[k / n, low, high]: a rate with its 95% interval, which is good near 0 and 1, too (Wilson
-    1927)."""
+    """[k / n, low, high]: a rate and its 95% interval, also good near 0 and 1 (Wilson 1927)."""
     z = 1.96
     center = (k + z * z / 2) / (n + z * z)
     width = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
@@ -721,8 +718,8 @@ def wilson(k, n):
 
 
 class Results:
-    """eval.json or chat.json beside a checkpoint: the parts of a test that are finished, nested
-    dicts, and the key, which says what was tested: sha256 of the weights, texts, sizes."""
+    """eval.json or chat.json beside a checkpoint. parts: the finished parts of a test, nested
+    dicts. key: what was tested, such as the sha256 of the weights, texts and sizes."""
 
     def __init__(self, path, key):
         self.path, self.key = path, key
@@ -732,7 +729,7 @@ class Results:
             self.parts = {}
 
     def part(self, names, test, *args):
-        """parts[names[0]][names[1]] ...: test(*args), unless it is there already."""
+        """parts[names[0]][names[1]] ...: the result of test(*args), unless it exists already."""
         *outer, name = names
         place = self.parts
         for step in outer:
@@ -741,7 +738,7 @@ class Results:
             start = time.time()
             place[name] = json.loads(json.dumps(test(*args), default=float))
             content = dict(key=self.key, parts=self.parts)
-            content["sha256"] = content_hash(content)       # nobody should edit results
+            content["sha256"] = content_hash(content)       # detects edited results
             atomic_write(self.path, json.dumps(content, indent=1))
             print(f"  {', '.join(names)}: {time.time() - start:.0f} s", flush=True)
         return place[name]
@@ -752,7 +749,7 @@ def content_hash(content):
 
 
 def read_results(path):
-    """(key, parts) of a file that Results has written; ({}, {}) if there is none. Exits if it is
+    """(key, parts) of a file that Results wrote; ({}, {}) if there is none. Exits if it is
     damaged."""
     try:
         content = json.loads(path.read_text("utf-8")) if path.exists() else None
@@ -766,8 +763,8 @@ def read_results(path):
 
 
 def results_of(folder, name):
-    """The same for the results beside the newest checkpoint in `folder`. Exits if they are those of
-    another one."""
+    """read_results() of a file beside the newest checkpoint in `folder`. Exits if it belongs to
+    another checkpoint."""
     key, parts = read_results(folder / name)
     steps = checkpoint_steps(folder)
     if parts and steps and key["sha256"] != weights_hash(folder, steps[-1]):
@@ -776,8 +773,8 @@ def results_of(folder, name):
 
 
 def text_column(path, column):
-    """The file at `path` as a ParquetFile that has rows and a column of strings. ValueError,
-    ArrowException or OSError if it is none, which callers name the file with."""
+    """Opens a ParquetFile that has rows and a column of strings. Otherwise raises ValueError,
+    ArrowException or OSError; the caller adds the name of the file."""
     import pyarrow.parquet as pq
     file = pq.ParquetFile(path)
     there = {field.name: str(field.type) for field in file.schema_arrow}
@@ -789,12 +786,11 @@ def text_column(path, column):
     return file
 
 
-# Checkpoints: model_, optim_, loader_ files, then meta_*.json: where that is, the others are whole
+# Checkpoints: model_, optim_ and loader_ files, then meta_*.json, which says that they are complete
 
 class Damaged(SystemExit):
-    """A checkpoint whose files are not whole, in one line; an older one may be. Where nobody
-    catches it, it ends the program with that line. (A file that cannot be read is an OSError, and
-    no damage.)"""
+    """A checkpoint has damaged files, but an older one may be intact. Unless caught, it ends the
+    program with one line. (A file that cannot be read is an OSError instead.)"""
 
 
 def checkpoint_files(folder, step):
@@ -805,7 +801,7 @@ def checkpoint_files(folder, step):
 
 
 def checkpoint_steps(folder):
-    """The steps of the checkpoints in `folder`, ascending; none where there is no folder."""
+    """The steps of the checkpoints in `folder`, ascending; [] if it does not exist."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -814,7 +810,8 @@ def checkpoint_steps(folder):
 
 
 def save_checkpoint(folder, step, model, optimizer, loader_state, meta, keep=()):
-    """Writes a checkpoint, then deletes the others but the one before and the steps in `keep`."""
+    """Writes a checkpoint, then deletes all others except the previous one and the steps in
+    `keep`."""
     files = checkpoint_files(folder, step)
     parts = dict(model=model.state_dict(), optim=optimizer.state_dict(), loader=loader_state)
     for part, content in parts.items():
@@ -838,8 +835,8 @@ META_FIELDS = dict(step=int, model_config=dict, loop_state=dict, user_config=dic
 
 
 def read_meta(folder, step):
-    """The meta file of a checkpoint: all scripts read it here. Exits with one line unless it
-    describes a model of model.py, and says whether that has RoPE, which is never guessed."""
+    """The meta file of a checkpoint; all scripts read it here. Exits unless it describes a model
+    that model.py can run and says whether that model has RoPE, which is never guessed."""
     path = checkpoint_files(folder, step)["meta"]
     try:
         meta = json.loads(path.read_text("utf-8"))
@@ -874,8 +871,8 @@ def read_meta(folder, step):
 
 
 def check_checkpoint(folder, step):
-    """Exits with one line unless a checkpoint's files are those that its meta file describes: by
-    their sha256, where it has them (else Damaged), and by the names and shapes of the weights."""
+    """Exits unless a checkpoint's files match its meta file: their sha256, if it has them (raises
+    Damaged), and the names and shapes of the weights."""
     meta, files = read_meta(folder, step), checkpoint_files(folder, step)
     weights = files["model"]
     for name, expected in meta.get("sha256", {}).items():
@@ -899,9 +896,9 @@ def check_checkpoint(folder, step):
 
 
 def newest_checkpoint(folder):
-    """The newest step that check_checkpoint accepts, None where there is no checkpoint at all.
-    Damaged ones are passed over, with a notice. Exits if all are: nobody wants to start over
-    without being asked. OSError if a file cannot be read."""
+    """The newest step that check_checkpoint accepts; None if there is no checkpoint at all. Skips
+    damaged ones with a notice. Exits if all are damaged, rather than starting over unasked. OSError
+    if a file cannot be read."""
     problems, steps = [], checkpoint_steps(folder)
     if not steps and len(list(Path(folder).glob("model_*.pt"))) > 1:        # 1: a first save failed
         raise Damaged(f"{folder} has model_*.pt files but no meta_*.json: put these back, or move "
@@ -913,7 +910,7 @@ def newest_checkpoint(folder):
             problems.append(str(e))
             continue
         for problem in problems:
-            print(f"passing over a checkpoint: {problem}", file=sys.stderr)
+            print(f"skipping a checkpoint: {problem}", file=sys.stderr)
         return step
     if problems:
         raise Damaged(f"{folder} has no checkpoint that can be used ({problems[0]}): repair it, or "
@@ -922,8 +919,8 @@ def newest_checkpoint(folder):
 
 
 def tokenizer_of(meta, base):
-    """The tokenizer in a base folder. Exits unless the model of `meta` was trained with it. (Other
-    code's metas do not say with which.)"""
+    """The tokenizer in a base folder. Exits unless the model of `meta` was trained with it. (Meta
+    files of other code do not name theirs.)"""
     enc = load_tokenizer(base / "tokenizer")
     ours = tokenizer_hash(enc)
     if meta.get("tokenizer", ours) != ours or meta["model_config"]["vocab_size"] != enc.n_vocab:
@@ -955,15 +952,15 @@ def finished_checkpoint(folder):
 
 
 def weights_hash(folder, step):
-    """The sha256 of a checkpoint's weights: that in its meta file, which newest_checkpoint() has
-    compared with the file; or where it has none, as from other code, the file's."""
+    """The sha256 of a checkpoint's weights, from the meta file, with which newest_checkpoint() has
+    compared it; or computed, if the meta file (of other code) has none."""
     weights = checkpoint_files(folder, step)["model"]
     return read_meta(folder, step).get("sha256", {}).get(weights.name) or file_hash(weights)
 
 
 def load_part(folder, step, part, device="cpu"):
-    """One file ("model", "optim" or "loader") of a checkpoint. Nothing in it is executed. On the
-    device "meta" tensors have shapes and no data, and none are read."""
+    """Loads one file ("model", "optim" or "loader") of a checkpoint, without executing anything in
+    it. On the device "meta", tensors have shapes but no data, and none is read."""
     path = checkpoint_files(folder, step)[part]
     if not path.exists():
         raise Damaged(f"{path} is missing")
@@ -976,7 +973,7 @@ def load_part(folder, step, part, device="cpu"):
 
 
 def load_weights(model, optimizer, folder, step, device):
-    """Loads model and optimizer in place, and with them whether the model has RoPE."""
+    """Loads model and optimizer in place, and whether the model has RoPE."""
     model.load_state_dict(load_part(folder, step, "model", device))
     try:
         optimizer.load_state_dict(load_part(folder, step, "optim", device))
@@ -987,8 +984,8 @@ def load_weights(model, optimizer, folder, step, device):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """The GPT of the newest undamaged checkpoint, RoPE on or off as it was, and its meta. Not for
-    training: the weights are in `dtype`."""
+    """The GPT of the newest undamaged checkpoint, with RoPE on or off as it was, and its meta. Not
+    for training: the weights are in `dtype`."""
     folder = Path(folder)
     step = newest_checkpoint(folder)
     if step is None:
@@ -1003,13 +1000,13 @@ def load_model(folder, device="cpu", dtype=torch.float32):
 # Downloads
 
 class DownloadError(SystemExit):
-    """A download that failed for good, in one line. Being a SystemExit, it passes `except
-    Exception`, and where nobody catches it, it ends the program with that line."""
+    """A download failed for good. As a SystemExit it passes `except Exception`; unless caught, it
+    ends the program with one line."""
 
 
 def within(seconds, work):
-    """work() in a thread of its own; TimeoutError if it takes longer. A thread cannot be ended, so
-    one that waits for a server for ever is left behind."""
+    """Runs work() in its own thread; TimeoutError if it takes longer. A thread cannot be killed, so
+    one that waits forever for a server is left behind."""
     results = queue.Queue()
 
     def run():
@@ -1030,9 +1027,9 @@ def within(seconds, work):
 
 def retry(name, patience, attempt,
           denied="it does not exist, or the token in HF_TOKEN may not read or write it"):
-    """attempt(), again and again for `patience` seconds in all, with growing pauses, or as long as
-    the server's Retry-After says. DownloadError at the end, and at once where asking again is of no
-    use. denied: what to do about the statuses 401 and 403."""
+    """Repeats attempt() for `patience` seconds in total, with growing pauses, or the pause that the
+    server asks for (Retry-After). Raises DownloadError at the end, or at once if repeating cannot
+    help. denied: what to do about the statuses 401 and 403."""
     start, pause = time.time(), 1.0
     while True:
         try:
@@ -1052,7 +1049,7 @@ def retry(name, patience, attempt,
                 raise DownloadError(text) from None
             network = isinstance(e, (ConnectionError, TimeoutError))
             if isinstance(e, OSError) and e.errno and not network:
-                raise                                       # a disk; it is no use to ask a server
+                raise                                       # a disk: asking the server cannot help
             asked = "" if reply is None else reply.headers.get("Retry-After", "")
             wait = max(pause, float(asked)) if asked.isdigit() else pause
             if time.time() - start + wait > patience:
@@ -1063,30 +1060,29 @@ def retry(name, patience, attempt,
 
 
 def hub_file(repo_id, filename, **where):
-    """What the hub says of a file: size, and as its etag a hash: sha256, or of a small file git's
-    sha1, 40 digits."""
+    """The hub's size and etag of a file. The etag is its sha256, or for a small file git's sha1,
+    which has 40 digits."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     return get_hf_file_metadata(hf_hub_url(repo_id, filename, **where))
 
 
 def download(repo_id, filename, dest, repo_type="dataset", revision="main", patience=600):
-    """Downloads a file of a hub repository to `dest`, unless it is there; returns the path. Beyond
-    what huggingface_hub does, it compares the hub's own hash, tries again, and downloads a file
-    once when several processes want it. patience: seconds in all, and what the file takes at
-    1 MB/s."""
+    """Downloads a file of a hub repository to `dest`, unless it exists; returns the path. On top of
+    huggingface_hub it compares the hub's hash, retries, and lets only one of several processes
+    download. patience: seconds, plus what the file takes at 1 MB/s."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import constants, hf_hub_download
     name, dest = f"{filename} of {repo_id}", Path(dest)
     where = dict(repo_type=repo_type, revision=revision)
-    part = dest.with_name(f".{dest.name}.part")     # a folder: huggingface_hub keeps its own files
+    part = dest.with_name(f".{dest.name}.part")     # a folder, in which huggingface_hub works
     lock_path = dest.with_name(f".{dest.name}.lock")
 
     def attempt():
-        if part.is_file():                          # of another program
+        if part.is_file():                          # from another program
             part.unlink()
         if part.exists():                           # an earlier attempt, perhaps another program's
             kept = sum(path.stat().st_size for path in part.rglob("*.incomplete"))
-            then = f"going on after {kept:,} bytes" if kept else "starting from zero"
+            then = f"continuing after {kept:,} bytes" if kept else "starting over"
             print(f"{name} was interrupted: {then}", file=sys.stderr, flush=True)
         got = hf_hub_download(repo_id, filename, local_dir=part, **where)
         damaged = file_hash(got, git=len(about.etag) == 40) != about.etag
@@ -1094,39 +1090,39 @@ def download(repo_id, filename, dest, repo_type="dataset", revision="main", pati
             os.replace(got, dest)
         shutil.rmtree(part)
         if damaged:
-            raise ConnectionError("damaged on the way: its hash is not the hub's")
+            raise ConnectionError("damaged in transit: its hash is not the hub's")
 
     if dest.exists():
         return dest
     if constants.HF_HUB_OFFLINE:
-        raise DownloadError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids to download it")
+        raise DownloadError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids downloads")
     busy = f"{name}: another process has been downloading it for more than {patience:.0f} s"
     with lock_file(lock_path, busy, patience):
         if not dest.exists():
             about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
             retry(name, patience + (about.size or 0) / 1e6, attempt)
-        lock_path.unlink(missing_ok=True)           # who waits for it finds dest, and is content
+        lock_path.unlink(missing_ok=True)           # whoever waits for it will find dest
     return dest
 
 
 def download_url(url, dest, patience=600, check=None):
-    """Downloads a plain file to `dest`, unless it is there; returns the path. check(bytes) says
-    what is wrong with what came, or ""."""
+    """Downloads a plain file to `dest`, unless it exists; returns the path. check(bytes) says what
+    is wrong with the content, or ""."""
     import requests
 
     def attempt():
         reply = requests.get(url, timeout=30)
         reply.raise_for_status()
         if reply.content.lstrip()[:1] == b"<":
-            raise ValueError("the answer is a web page, not this file: does the network want a "
+            raise ValueError("the server sent a web page, not this file: does the network need a "
                              "login?")
         problem = check(reply.content) if check else ""
         if problem:
-            raise ConnectionError(f"{problem}; starting from zero")
+            raise ConnectionError(f"{problem}; starting over")
         atomic_write(dest, reply.content)
 
     if not Path(dest).exists():
-        retry(url, patience, attempt, "download it in another way and give its path instead of "
+        retry(url, patience, attempt, "download it in another way and pass its path instead of "
                                       "the URL, as with --identity FILE or --words FILE")
     return Path(dest)
 
@@ -1135,25 +1131,25 @@ def download_url(url, dest, patience=600, check=None):
 
 @dataclass
 class Env:
-    """Where a process runs. Rank 0 of the `world` processes downloads, reads, writes and logs."""
+    """Where a process runs. Of `world` processes, rank 0 downloads, reads, writes and logs."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype                  # of activations
     peak_flops: float | None            # of the device in bfloat16, dense, where known
     compile: bool = False               # use torch.compile
-    micro: int = 1                      # rows that go through the model at a time, at most
-    control: object = None              # the process group for what is not on the device
+    micro: int = 1                      # most rows that go through the model at a time
+    control: object = None              # process group for data that are not on the device
 
 
-# bfloat16, dense, without a power limit; a longer name goes before the one that it contains
+# In bfloat16, dense, without a power limit. "H100 PCIe" must come before "H100"
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
               "H200": 989e12, "A100": 312e12}
 
 
 def setup_env(compile=None):
-    """Device, dtype and, under torchrun, the process groups. compile: 1 or 0, or None: on a GPU.
-    Exits where there is a GPU that torch cannot use."""
+    """Device, dtype and, under torchrun, the process groups. compile: 1, 0, or None: only on a GPU.
+    Exits if there is a GPU that torch cannot use."""
     check_driver()
     bf16, peak = False, None
     if torch.cuda.is_available():
@@ -1176,9 +1172,9 @@ def setup_env(compile=None):
 
 
 def join_processes(env):
-    """Brings the processes of torchrun together. Gradients go through NCCL, or gloo on CPUs. Rows
-    and messages go through gloo (`control`), where a process waits without its GPU, and for as long
-    as rank 0 needs, for a download perhaps; that a process has ended is noticed at once."""
+    """Connects the processes of torchrun. Gradients use NCCL, or gloo on CPUs. Rows and messages
+    use gloo (`control`): there a process waits without its GPU for as long as rank 0 needs, perhaps
+    for a download, and notices at once if another process ends."""
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                if name not in os.environ]
     if missing:
@@ -1195,8 +1191,8 @@ def join_processes(env):
 
 
 def check_driver(driver_file="/proc/driver/nvidia/version"):
-    """Exits if the machine has a GPU that torch cannot use: otherwise hours of training would start
-    on the CPU. CUDA_VISIBLE_DEVICES= or -1 asks for the CPU."""
+    """Exits if the machine has a GPU that torch cannot use, rather than train on the CPU for hours.
+    CUDA_VISIBLE_DEVICES= or -1 asks for the CPU."""
     usable = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if usable or not os.path.exists(driver_file):
         return
@@ -1216,7 +1212,7 @@ def check_driver(driver_file="/proc/driver/nvidia/version"):
 
 
 def check_compiler():
-    """Exits where Triton lacks what it builds its launcher with, before anything is downloaded."""
+    """Exits if Triton cannot compile its launcher, before anything is downloaded."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     missing = []
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -1229,8 +1225,9 @@ def check_compiler():
 
 
 def compile_model(model, env):
-    """torch.compile of model and loss in one graph, if env says so. One graph for training and one
-    for validation, with and without RoPE, for each number of rows: more than torch's limit of 8."""
+    """torch.compile of model and loss in one graph, if env.compile. There is one graph for training
+    and one for validation, with and without RoPE, per number of rows: more than torch's limit of
+    8."""
     if not env.compile:
         return model
     torch._dynamo.config.recompile_limit = 32
@@ -1240,7 +1237,7 @@ def compile_model(model, env):
 
 
 def set_fp8(model, env):
-    """Float8 for the matmuls of the blocks (not the head); exits where the device has none."""
+    """Uses float8 for the matmuls in the blocks (not the head). Exits if the device has none."""
     if env.device.type != "cuda" or torch.cuda.get_device_capability(env.device) < (8, 9):
         sys.exit(f"--fp8 needs a GPU with float8 matmuls (H100 or newer), not {env.device.type}: "
                  "leave it out")
@@ -1251,7 +1248,7 @@ def set_fp8(model, env):
 
 def attention_kernel(env, config):
     """The name of the attention kernel that torch chooses. Warns if a Hopper GPU is using a slower
-    one than it could."""
+    kernel than it could."""
     if env.device.type == "mps":
         return "MPS"
     shape = (1, config.n_head, config.sequence_len, HEAD_DIM)
@@ -1265,8 +1262,7 @@ def attention_kernel(env, config):
 
 
 def largest_of_all(numbers, env):
-    """For each of some whole numbers the largest that any process has. A process that waits here
-    waits for all others."""
+    """For each of some integers, the largest that any process has. Waits for all processes."""
     if env.world > 1:
         numbers = torch.tensor(numbers)
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=env.control)
@@ -1275,7 +1271,7 @@ def largest_of_all(numbers, env):
 
 
 def from_rank_0(value, env):
-    """A small Python value of rank 0, on all processes."""
+    """Sends a small Python value of rank 0 to all processes; returns it."""
     values = [value]
     if env.world > 1:
         torch.distributed.broadcast_object_list(values, group=env.control)
@@ -1283,7 +1279,8 @@ def from_rank_0(value, env):
 
 
 def rows_from_rank_0(rows, shape, env):
-    """Rank 0's int32 array of that shape (elsewhere None), on all processes, on the CPU."""
+    """Sends rank 0's int32 array of that shape (elsewhere None) to all processes, as a CPU
+    tensor."""
     if env.world == 1:
         return torch.from_numpy(rows)
     tensor = torch.empty(shape, dtype=torch.int32)
@@ -1301,8 +1298,8 @@ def largest_divisor(n, most):
 
 
 def rows_of_a_step(batch, T, world=1):
-    """The rows of T tokens in a step of `batch` tokens. Exits unless they are whole, and as many
-    for each process."""
+    """The number of rows of T tokens in a step of `batch` tokens. Exits unless it is an integer
+    that the processes can share equally."""
     rows, rest = divmod(batch, T)
     if rest or rows % world or rows == 0:
         nearest = max(1, round(batch / (T * world))) * T * world
@@ -1312,16 +1309,16 @@ def rows_of_a_step(batch, T, world=1):
 
 
 def rows_at_a_time(env, T, most=None):
-    """How many rows of T tokens go through the model at a time on each process, at most: `most`, or
-    16 x 4,096 tokens on a GPU, where too many are halved (see with_memory), and 4,096 tokens
-    elsewhere, where running out of memory ends the program (d18 takes 11.6 GB so)."""
+    """How many rows of T tokens go through the model at a time: `most`, or by default 16 x 4,096
+    tokens on a GPU, where with_memory() halves them if need be, and 4,096 on a CPU, where running
+    out of memory ends the program (d18 takes 11.6 GB)."""
     return most or max(1, (16 if env.device.type == "cuda" else 1) * 4096 // T)
 
 
 def with_memory(env, rows, work):
-    """work(micro), which takes `rows` rows in turns of at most env.micro. While the device runs
-    out of memory, again with half as many; exits where that was one row. Each process does so by
-    itself: their gradients are of the same rows as before."""
+    """Calls work(micro), which processes `rows` rows at most `micro` at a time. If the device runs
+    out of memory, tries again with half as many; exits if one row is too much. Processes may end up
+    with different numbers: the gradients are the same."""
     while True:
         micro = min(env.micro, rows)
         try:
@@ -1340,23 +1337,23 @@ def with_memory(env, rows, work):
 
 
 def accumulate_gradients(model, x, y, env):
-    """Gradients of the mean loss over the counted targets (not -1) of a whole batch: inputs and
-    targets, (rows, T) each, the same on all processes; each runs its share. Returns the loss."""
+    """Computes the gradients of the mean loss over all targets of a batch that are not -1. x and y,
+    (rows, T) each, are the same on all processes; each runs its share. Returns the loss."""
     counted = (y != -1).sum().clamp(min=1).to(env.device)   # of the whole batch: never 0
     share = len(x) // env.world
     mine = slice(env.rank * share, (env.rank + 1) * share)
     x, y = (rows[mine].to(env.device).long() for rows in (x, y))
 
-    def backward(micro):
-        model.zero_grad()               # of an attempt that ran out of memory
-        micro, total = largest_divisor(share, micro), 0.0
-        for xs, ys in zip(x.split(micro), y.split(micro)):
+    def add_gradients(micro):
+        model.zero_grad()               # from an attempt that ran out of memory
+        size, total = largest_divisor(share, micro), 0.0
+        for xs, ys in zip(x.split(size), y.split(size)):
             loss = model(xs, ys) / counted
             loss.backward()
             total += loss.detach()
         return total
 
-    loss = with_memory(env, share, backward)
+    loss = with_memory(env, share, add_gradients)
     if env.world > 1:
         for p in model.parameters():
             torch.distributed.all_reduce(p.grad)
@@ -1365,9 +1362,10 @@ def accumulate_gradients(model, x, y, env):
 
 
 class ValidationRows:
-    """The rows to validate on, in blocks of env.micro rows that the processes own in turn: each
-    gets its rows once, as they are packed. make_rows, on rank 0: a function from a number of rows
-    to that many or fewer, int32 (2, n, T), inputs and targets; None if there are no more."""
+    """The rows to validate on, in blocks of env.micro rows that are dealt to the processes in turn.
+    Each process keeps its blocks for all validations. make_rows, on rank 0: a function from a
+    number of rows to that many or fewer, int32 (2, n, T), inputs and targets; None if there are no
+    more."""
 
     def __init__(self, make_rows, T, nbytes, env):
         self.make_rows, self.T, self.nbytes, self.env = make_rows, T, nbytes.to(env.device), env
@@ -1394,10 +1392,9 @@ class ValidationRows:
 
     @torch.no_grad()
     def bits_per_byte(self, model, n, stop=lambda: False):
-        """(bits per byte of the targets of the first n rows, how many tokens those are, asked to
-        stop). Targets of no bytes (special tokens) and -1 do not count. Each process sums up its
-        blocks, in float64, and only then they meet; where stop() is true on one, its rest is left
-        out."""
+        """(bits per byte of the first n rows, their tokens, whether stop() was true). Targets that
+        are -1 or have no bytes (special tokens) do not count. Each process sums its blocks in
+        float64; the processes meet only at the end. One on which stop() is true skips its rest."""
         total, n = torch.zeros(3, dtype=torch.float64), min(n, self.n)     # nats, bytes, stopped
         for first, rows in self.mine.items():
             if first >= n:
@@ -1414,15 +1411,15 @@ class ValidationRows:
             torch.distributed.all_reduce(total, group=self.env.control)
         nats, size, stopped = total.tolist()
         if size == 0 and not stopped:
-            sys.exit("the validation set has no token that counts: it must fill a row with text, "
-                     "or in a chat hold an answer that begins within a row")
+            sys.exit("the validation set has no token that counts: it needs a row full of text, or "
+                     "in a chat an answer that begins within a row")
         return nats / (math.log(2) * max(size, 1)), n * self.T, bool(stopped)
 
 
-# A run: what both training loops need around their steps
+# A run: what both training loops need
 
 def difference(then, now):
-    """The first field of two dicts that differs, in words, or ""."""
+    """The first difference between two dicts, in words, or ""."""
     for field in {**now, **then}:
         if then.get(field) != now.get(field):
             return f"{field} = {then.get(field)}, not {now.get(field)}"

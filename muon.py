@@ -121,8 +121,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     adamw: betas, eps, weight_decay. State of each parameter: step, exp_avg, exp_avg_sq.
     muon, for K float32 matrices of one shape: momentum, beta2 (of normuon), weight_decay, and
-        ns_steps, always 5, which only the nanochat repo reads. State of the group, kept at its first parameter: momentum_buffer
-        (K, rows, cols) and second_momentum_buffer (K, rows, 1) or (K, 1, cols).
+        ns_steps, always 5, which only the nanochat repo reads. State of the group, kept at its
+        first parameter: momentum_buffer (K, rows, cols), second_momentum_buffer (K, rows, 1) or
+        (K, 1, cols).
 
     A parameter without gradient is left alone, and so is its state.
     compile: torch.compile for Muon's update in a single process, one graph for each of <= 8 shapes.

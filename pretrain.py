@@ -13,18 +13,17 @@ The model recovers, and is no longer tied to the lengths it was trained at (arXi
     python pretrain.py --fetch 8                            # downloads 8 training shards, and stops
     python pretrain.py --status                             # which models there are, and how far
 
-Takes tok.py's tokenizer and the shards, of which it fetches the next while it trains. Gives
-base_checkpoints/TAG/: model_, optim_, loader_, meta_ files of a step, and metrics.jsonl. The same
-command resumes an interrupted run. d18 at 9 tokens per parameter takes 4.8 hours on an H100 in
-bfloat16 (modelled at 170,000 tokens/s, not measured). It has no sharding of weights: a model has to
-fit on one GPU.
+Reads tok.py's tokenizer and the shards; downloads the next shards while it trains. Writes to
+base_checkpoints/TAG/ the files of a step (model_, optim_, loader_, meta_) and metrics.jsonl. The
+same command resumes an interrupted run. d18 at 9 tokens per parameter takes 4.8 hours on an H100 in
+bfloat16 (modelled at 170,000 tokens/s, not measured). Left out: sharding of weights, so a model has
+to fit on one GPU.
 
---init starts from the weights of a finished model instead of random ones, with a fresh optimizer
-and schedule, where in the data that model's training stopped. With --drope 0 that recalibrates a
-model with RoPE to do without, the paper's main use of DroPE. Keep the learning rates high, as they
-are by default: QK-norm keeps training stable, and at low rates the model recovers less. With RoPE
-left on, --init is plain continued pretraining.
-"""
+--init starts from the weights of a finished model, with a fresh optimizer and schedule, at the
+place in the data where its training stopped. With --drope 0 this recalibrates a model with RoPE to
+do without it, the paper's main use of DroPE. Keep the learning rates high, as they are by default:
+QK-norm keeps training stable, and at low rates the model recovers less. Without --drope it is plain
+continued pretraining. """
 import contextlib, hashlib, json, math, os, re, resource, sys, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -75,7 +74,7 @@ class Config:
     vocab_size: int | None = option(None, "for --bench, --plan; default: 32768", 1, 10 ** 6)
 
 
-# What changes the weights, so that a resumed run must have the same; of init see find_init
+# What changes the weights: a resumed run must have the same (for init see find_init)
 RECIPE = ("depth", "tpp", "drope", "text_column", "max_seq_len", "total_batch_size", "embedding_lr",
           "unembedding_lr", "matrix_lr", "weight_decay", "fp8")
 SHARD_TOKENS, SHARD_BYTES = 54e6, 92e6  # of a shard of the dataset, roughly
@@ -84,7 +83,7 @@ SHARD_TOKENS, SHARD_BYTES = 54e6, 92e6  # of a shard of the dataset, roughly
 # ---- Everything that follows from depth, tokens per parameter and drope -------------------------
 
 def resolve(cfg):
-    """Makes depth, tpp, drope and tag agree: a tag like d18_9tpp_drope_50 says all three."""
+    """Makes depth, tpp, drope and tag agree: a tag like d18_9tpp_drope_50 names all three."""
     if cfg.tag.endswith("_long"):
         sys.exit(f"--tag {cfg.tag}: names in _long are for fine-tuning, sft.py --tag {cfg.tag}, "
                  f"which takes the base model {cfg.tag.removesuffix('_long')}")
@@ -132,39 +131,39 @@ class Derived:
 
 
 def derive(cfg, vocab_size):
-    """From the depth to the learning rates. The reference values in Config were tuned at depth 12
-    with batches of 2^19 tokens; the rules below carry them to other sizes."""
-    # 1. The depth gives the width (GPTConfig.from_depth), and the two give N, the number of
-    #    parameters in matmuls. N12 is that of depth 12.
+    """Derives everything from the depth. The reference values in Config were tuned at depth 12 with
+    batches of 2^19 tokens; the rules below transfer them to other sizes."""
+    # 1. The depth gives the width (GPTConfig.from_depth), and both give N, the number of parameters
+    #    in matmuls. N12 is N at depth 12.
     config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len)
     with torch.device("meta"):
         N = GPT(config).num_scaling_params()
         N12 = GPT(GPTConfig.from_depth(12, vocab_size)).num_scaling_params()
 
-    # 2. The best batch size grows like (tokens trained)^0.383 (arXiv:2505.13738). The tokens of a
-    #    fixed tpp grow like N, so the batch grows like N^0.383, for every tpp alike. Rounded to a
-    #    power of two, which is 2^20 for d18 and d20.
+    # 2. The best batch size grows like (training tokens)^0.383 (arXiv:2505.13738). At a fixed tpp
+    # these grow like N, so the batch grows like N^0.383, here with the same factor for every tpp.
+    # Rounded to a power of two, it is 2^20 for d18 and d20.
     batch = cfg.total_batch_size or 2 ** round(math.log2(2 ** 19 * (N / N12) ** 0.383))
 
-    # 3. The budget is tpp tokens for each of the N parameters, in whole steps. DroPE spends the
-    #    first part of the same steps with RoPE, and the rest without.
+    # 3. The budget is tpp tokens for each of the N parameters, in whole steps. DroPE splits the
+    # same steps into a part with RoPE and a part without.
     steps = int(cfg.tpp * N / batch)
     switch = None if cfg.drope is None else round(cfg.drope / 100 * steps)
 
-    # 4. A batch k times as large averages away noise, so that steps may be sqrt(k) times as long
-    #    (arXiv:2205.10287). AdamW's rates also shrink with the width, in muon.build_optimizer.
+    # 4. A batch k times as large has less noise, which allows sqrt(k) times the learning rate
+    #    (arXiv:2205.10287). AdamW's rates also shrink with the width: see muon.build_optimizer.
     scale = math.sqrt(batch / 2 ** 19)
     lrs = dict(embedding_lr=cfg.embedding_lr * scale, unembedding_lr=cfg.unembedding_lr * scale,
                matrix_lr=cfg.matrix_lr * scale)
 
-    # 5. Weight decay makes weights forget; the time after which they do, in tokens, should grow
-    #    with the length of the run (arXiv:2405.13698). So Muon's decay shrinks like 1 / N.
+    # 5. Weight decay makes weights forget old updates. The time this takes, in tokens, should grow
+    #    with the length of the run (arXiv:2405.13698), so Muon's decay shrinks like 1 / N.
     weight_decay = cfg.weight_decay * scale * N12 / N
     return Derived(config, N, batch, steps, switch, lrs, weight_decay)
 
 
 def check_sizes(cfg, derived, world=1):
-    """The rows of a step. Exits with one line if the sizes do not fit together."""
+    """The number of rows in a step. Exits if the sizes do not fit together."""
     rows, steps = rows_of_a_step(derived.batch, cfg.max_seq_len, world), derived.steps
     if not 1 <= steps < 1_000_000:
         sys.exit(f"--tpp {cfg.tpp:g} at depth {cfg.depth} makes {steps:,} steps of "
@@ -175,7 +174,7 @@ def check_sizes(cfg, derived, world=1):
     return rows
 
 
-# ---- Shards: which there are, and fetching the next ones ahead ----------------------------------
+# ---- Shards: listing, checking and downloading them ----------------------------------------------
 
 def stat_of(path):
     """Changes when a file is replaced."""
@@ -184,8 +183,8 @@ def stat_of(path):
 
 
 class Shards:
-    """The training shards, sorted by name; the last file is the validation set. What is missing is
-    fetched. sha256: {name: hash} of those that are known, from the hub or from reading them."""
+    """The training shards, sorted by name; the last file is the validation set. Missing ones are
+    downloaded. sha256: {name: hash} of those known so far, from the hub or from reading them."""
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.data_dir)
@@ -194,18 +193,17 @@ class Shards:
         names = [path.name for path in self.folder.glob("[!.]*.parquet")]
         if cfg.dataset != "local":
             self.revision, self.sha256 = self.index()
-            self.advice = "delete it, and it is fetched again"
+            self.advice = "delete it to download it again"
             names = [name for name in self.sha256 if name.endswith(".parquet")]
         if len(names) < 2:
-            sys.exit(f"{self.folder} has {len(names)} .parquet files, and at least 2 are needed: "
-                     "sorted by name, the last one is the validation set. Put them there, or leave "
-                     "out --dataset local")
+            sys.exit(f"{self.folder} has {len(names)} .parquet files, but 2 are needed: the last "
+                     "one by name is the validation set. Add some, or leave out --dataset local")
         *self.names, self.validation = sorted(names)
-        self.stats = {}                 # of each file when its hash was taken
+        self.stats = {}                 # size and time of each file when it was hashed
 
     def fingerprint(self):
-        """What the training files are: of the hub's their hashes, of others in a local folder their
-        sizes and last 64 KiB, where parquet describes its contents. Nobody waits for all hashes."""
+        """Identifies the training files: those of the hub by their hashes, local ones, which would
+        take long to hash, by size and last 64 KiB, where parquet describes the contents."""
         digest = hashlib.sha256(repr(self.names).encode())
         for name in self.names:
             if self.cfg.dataset != "local":
@@ -218,8 +216,8 @@ class Shards:
         return f"{len(self.names)} files, {digest.hexdigest()[:16]}"
 
     def index(self):
-        """(revision, {name: sha256}) of the hub, which stay in the folder: later runs read the same
-        revision."""
+        """(revision, {name: sha256}) of the hub, stored in the folder so that later runs use the
+        same revision."""
         path, dataset = self.folder / "index.json", self.cfg.dataset
         if not path.exists():
             from huggingface_hub import HfApi
@@ -234,14 +232,14 @@ class Shards:
             if not all(isinstance(value, str) for value in [revision, *sha256.values()]):
                 raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError):
-            sys.exit(f"{path} is damaged: delete it, and it is fetched again")
+            sys.exit(f"{path} is damaged: delete it to download it again")
         if there != dataset:
             sys.exit(f"{self.folder} holds shards of {there}, not of {dataset}: choose another "
                      "--data-dir")
         return revision, sha256
 
     def get(self, name):
-        """The path of a shard, once it is there. DownloadError after cfg.patience seconds."""
+        """The path of a shard, downloaded if need be. DownloadError after cfg.patience seconds."""
         path = self.folder / name
         if path.exists():
             return path
@@ -251,8 +249,8 @@ class Shards:
                      patience=self.cfg.patience)
 
     def hash(self, name):
-        """The sha256 of a shard. DownloadError if it is not the known one: of the hub, or of the file
-        that this run, or the one that it branches off, has read."""
+        """The sha256 of a shard. DownloadError unless it is the known one: the hub's, or that of
+        the file that this run (or the run it branches off) has read before."""
         path = self.get(name)
         self.stats[name] = stat_of(path)
         sha256 = file_hash(path)
@@ -262,8 +260,8 @@ class Shards:
         return sha256
 
     def fetch_ahead(self, name):
-        """Begins to download a shard in the background. get() blocks until that is complete; if it
-        fails, get() tries again and says why."""
+        """Starts downloading a shard in the background. get() waits for it; if it failed, get()
+        tries again and reports why."""
         def attempt():
             with contextlib.suppress(OSError, DownloadError):
                 self.get(name)
@@ -271,7 +269,7 @@ class Shards:
         threading.Thread(target=attempt, daemon=True).start()
 
     def read(self, name, group=None):
-        """The documents of a row group, or without `group` the number of row groups."""
+        """The documents of a row group, or, without `group`, the number of row groups."""
         import pyarrow
         path, column = self.get(name), self.cfg.text_column
         if self.stats.setdefault(name, stat_of(path)) != stat_of(path):
@@ -289,19 +287,19 @@ class Shards:
 # ---- Rows: best-fit packing ---------------------------------------------------------------------
 
 class PackedRows:
-    """Rows of T + 1 tokens, each beginning with <|bos|>, packed from whole documents if they fit.
+    """Packs documents into rows of T + 1 tokens, each starting with <|bos|>.
 
-    A buffer holds at least 1,000 documents, refilled by 128. A row takes the longest document that
-    fits, again and again. When none fits, the shortest is cut to fill the row and its rest is lost:
-    ~1.3% of the tokens, but no padding. A document longer than a row is split into row-long
-    pieces when it enters the buffer; it would never fit and never be the shortest. After the last
-    shard the first one is read again; with epochs=1 the rows end there."""
+    A buffer holds at least 1,000 documents and is refilled by 128. A row takes the longest document
+    that fits, again and again. If none fits, the shortest is cut to fill the row and its rest is
+    lost: ~1.3% of the tokens, but no padding. A document longer than a row would never fit and
+    never be the shortest, so it is split into row-long pieces when it enters the buffer. After the
+    last shard the first one is read again; with epochs=1 the rows end there."""
 
     def __init__(self, shards, names, enc, row_len, state=None, epochs=None):
         self.shards, self.names, self.row_len, self.epochs = shards, names, row_len, epochs
         self.enc, self.bos = enc, enc.encode_single_token("<|bos|>")
-        self.epoch = self.shard = self.group = self.row = 0     # where the next document stands
-        self.groups = self.texts = None                         # of the shard that is being read
+        self.epoch = self.shard = self.group = self.row = 0     # place of the next document
+        self.groups = self.texts = None                         # of the shard being read
         self.buffer, self.lengths = [], np.empty(0, np.int64)   # documents, and their tokens
         self.seen = self.cut = 0                                # tokens
         self.found_text = bool(state)
@@ -309,7 +307,7 @@ class PackedRows:
             self.resume(state)
 
     def resume(self, state):
-        """Goes on from a state(). Exits if it does not fit the shards."""
+        """Continues from a state(). Exits if it does not fit the shards."""
         try:
             self.epoch, self.shard, self.group = state["epoch"], state["pq_idx"], state["rg_idx"]
             self.row, self.seen, self.cut = state["row"], state["seen"], state["cut"]
@@ -327,7 +325,7 @@ class PackedRows:
             sys.exit(f"the loader's state does not fit the shards ({one_line(e)})")
 
     def state(self):
-        """All that is needed to go on from here."""
+        """All that is needed to continue from here."""
         tokens = np.concatenate([np.empty(0, np.int32), *self.buffer])
         names = self.names if self.epoch else self.names[:self.shard + 1]
         read = {name: self.shards.sha256[name] for name in names if name in self.shards.sha256}
@@ -336,7 +334,7 @@ class PackedRows:
                     lengths=torch.from_numpy(self.lengths.copy()), shards=read)
 
     def next_texts(self):
-        """Reads the row group that is due, into self.texts; False after the last epoch."""
+        """Reads the next row group into self.texts; False after the last epoch."""
         if self.shard == len(self.names):
             self.epoch, self.shard = self.epoch + 1, 0
             if self.epoch != self.epochs:
@@ -354,7 +352,7 @@ class PackedRows:
         return True
 
     def refill(self):
-        """Adds the next 128 documents to the buffer; False where there are no more."""
+        """Adds the next 128 documents to the buffer; False if there are no more."""
         if self.texts is None and not self.next_texts():
             return False
         texts, body, new = self.texts[self.row:self.row + 128], self.row_len - 1, []
@@ -373,7 +371,7 @@ class PackedRows:
         return True
 
     def next_row(self):
-        """int32 (T+1,), or None when the documents have run out."""
+        """int32 (T + 1,), or None if the documents have run out."""
         row, room = [], self.row_len
         while room:
             while len(self.buffer) < 1000 and self.refill():
@@ -391,8 +389,8 @@ class PackedRows:
         return np.concatenate(row)
 
     def batch(self, rows):
-        """int32 (2, rows, T), inputs and targets; fewer rows where the documents run out, and None
-        where there is none. DownloadError if there is no text in them."""
+        """int32 (2, rows, T), inputs and targets; fewer rows if the documents run out, None if none
+        is left. DownloadError if no document has text."""
         made = []
         while len(made) < rows and (row := self.next_row()) is not None:
             made.append(row)
@@ -406,7 +404,7 @@ class PackedRows:
 
 
 def sample(model, enc, prompt, n=48):
-    """Greedy continuation of a text by n tokens."""
+    """The prompt and n more tokens, chosen greedily."""
     ids = [enc.encode_single_token("<|bos|>")] + enc.encode_ordinary(prompt)
     ids += [token for [token] in generate(model, [ids], n)]
     return enc.decode(ids[1:])
@@ -427,7 +425,7 @@ def fetch_only(cfg):
 
 
 def hours_of(cfg, derived, steps):
-    """Hours for so many steps: their FLOPs, at the FLOPs per second of d18 at cfg.speed."""
+    """Hours for this many steps, if the FLOPs per second are those of d18 at cfg.speed."""
     def flops_per_token(sizes):
         return 6 * sizes.N + 6 * sizes.config.n_layer * sizes.config.n_embd * cfg.max_seq_len
 
@@ -437,8 +435,8 @@ def hours_of(cfg, derived, steps):
 
 
 def plan(cfg):
-    """Prints what each tag costs. Exits with one line if its sizes do not fit together. The
-    vocabulary is that of --vocab-size, or of the tokenizer if there is one, or 32,768."""
+    """Prints the cost of each tag. Exits if its sizes do not fit together. Vocabulary:
+    --vocab-size, else the tokenizer's, else 32,768."""
     if cfg.vocab_size is None and (base_dir() / "tokenizer" / "config.json").exists():
         cfg.vocab_size = load_tokenizer(base_dir() / "tokenizer").n_vocab
     cfg.vocab_size = cfg.vocab_size or 32768
@@ -480,7 +478,7 @@ def plan(cfg):
 
 
 def status():
-    """Lists the models, and how far each is."""
+    """Lists all models and how far each is."""
     for base in (base_dir(), base_dir() / "tiny"):
         for stage in ("base", "sft"):
             for folder in sorted((base / FOLDERS[stage]).glob("*")):
@@ -496,10 +494,10 @@ def status():
 
 
 def how_far(folder):
-    """A run in one line, from its meta file and metrics.jsonl alone."""
+    """One line about a run, from its meta file and metrics.jsonl alone."""
     steps = checkpoint_steps(folder)
     if not steps:
-        return "no meta_*.json beside model_*.pt: the first save was interrupted, or it is lost"
+        return "model_*.pt without a meta_*.json: an interrupted first save, or a lost file"
     meta = read_meta(folder, steps[-1])
     words = f"step {meta['step']} of {meta.get('steps', 'unknown')}"
     if meta.get("finished"):
@@ -518,7 +516,7 @@ def how_far(folder):
 
 
 def bench(cfg, env):
-    """One JSON line: the median of 20 steps on random tokens, after 3 to warm up."""
+    """Prints one JSON line: the median time of 20 steps on random tokens, after 3 warm-up steps."""
     cfg.vocab_size = cfg.vocab_size or 32768
     derived = derive(cfg, cfg.vocab_size)
     derived.steps = 1                                       # whatever the tpp
@@ -569,7 +567,7 @@ def bench(cfg, env):
 # ---- The run ------------------------------------------------------------------------------------
 
 def make_model(cfg, derived, env):
-    """The model with fresh weights, the same compiled, and its optimizer."""
+    """A model with random weights, its compiled version, and its optimizer."""
     torch.manual_seed(42)
     model = GPT(derived.config, use_rope=derived.switch != 0, dtype=env.dtype)
     model.init_weights()
@@ -583,7 +581,7 @@ def make_model(cfg, derived, env):
 
 
 def open_shards(cfg, run):
-    """On rank 0 the Shards. Exits if they are not those with which the run began."""
+    """The Shards, on rank 0. Exits unless the run began with the same."""
     shards = data = None
     if run.env.rank == 0:
         shards = Shards(cfg)
@@ -594,8 +592,8 @@ def open_shards(cfg, run):
 
 
 def find_init(cfg, config, steps, env):
-    """On rank 0 (folder, step, both and the weights' sha256 in words) of the model that --init
-    names. Exits unless it is finished, and has this tokenizer and these sizes."""
+    """For --init, on rank 0: (folder, step, its description with the weights' sha256) of the model
+    to start from. Exits unless that is finished, with the same tokenizer and sizes."""
     if not cfg.init or env.rank != 0:
         return None
     folder = folder_of("base", cfg.init)
@@ -614,9 +612,9 @@ def find_init(cfg, config, steps, env):
 
 
 def start_from_init(model, run, folder, step):
-    """Loads the weights, and whether the model has RoPE. Returns where in the data the training of
-    that model stopped (but for the ~1,000 documents that waited in its buffer), for PackedRows;
-    None if that was other data."""
+    """Loads the weights, and whether the model has RoPE. Returns the position in the data at which
+    its training stopped, for PackedRows (without the ~1,000 documents in its buffer); None if it
+    was trained on other data."""
     meta = read_meta(folder, step)
     model.load_state_dict(load_part(folder, step, "model", run.env.device))
     model.use_rope = meta["loop_state"]["use_rope"]
@@ -630,9 +628,9 @@ def start_from_init(model, run, folder, step):
 
 
 def find_trunk(run, shards, derived):
-    """(folder, step) of the checkpoint that the run with RoPE kept at this run's switch, or None if
-    there is none, or the run has begun. Up to there the two are the same, if their recipes and data
-    are."""
+    """A drope run equals the run with RoPE up to its switch, and so may start from the checkpoint
+    that the latter kept there. Returns (folder, step) of that checkpoint; None if there is none, or
+    this run has begun already."""
     cfg, switch = run.cfg, derived.switch
     if not cfg.drope or cfg.init or run.source:
         return None
@@ -647,7 +645,7 @@ def find_trunk(run, shards, derived):
 
 
 def trunk_problem(run, shards, folder, switch):
-    """Why a run cannot branch off the checkpoint `switch` of the run in `folder`, or ""."""
+    """Why a run cannot branch off at step `switch` of the run in `folder`, or ""."""
     steps = checkpoint_steps(folder)
     if not steps:
         return f"{folder}, the same run with RoPE, is not there"
@@ -669,15 +667,15 @@ def trunk_problem(run, shards, folder, switch):
 
 
 def kept_steps(cfg, steps, before=""):
-    """The steps at which a run with RoPE keeps a checkpoint for the runs that drop it there: those
-    of --keep, and of the --keep with which it ran before it was interrupted."""
+    """The steps at which a run with RoPE keeps a checkpoint for drope runs to start from: those of
+    --keep, and of the --keep that it had before an interruption."""
     trunk = cfg.drope is None and not cfg.init
     percents = re.findall(r"[\d.]+", f"{cfg.keep} {before}") if trunk else []
     return {round(float(percent) / 100 * steps) for percent in percents}
 
 
 def set_schedules(optimizer, step, steps, weight_decay):
-    """Learning rates of all groups; momentum and weight decay of Muon's. Returns lr_factor."""
+    """Sets the learning rates, and Muon's momentum and weight decay. Returns lr_factor."""
     factor = lr_factor(step, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
@@ -700,7 +698,8 @@ def main():
     if cfg.bench:
         return bench(cfg, env)
 
-    # What to train, and where to begin: nothing, this run's newest checkpoint, or a trunk's
+    # What to train, and where to start: from scratch, from this run's newest checkpoint, or from
+    # the trunk, which is the run with RoPE
     enc = load_tokenizer(base_dir() / "tokenizer")
     derived = derive(cfg, enc.n_vocab)
     steps, switch = derived.steps, derived.switch
@@ -717,7 +716,7 @@ def main():
     trunk = from_rank_0(shards and find_trunk(run, shards, derived), env)
     if trunk:
         run.start_from(*trunk)
-        run.say(f"branching off {trunk[0]}, which is the same up to the switch")
+        run.say(f"branching off {trunk[0]}, which is the same run up to the switch")
 
     model, compiled, optimizer = make_model(cfg, derived, env)
     stream = validation = position = None
@@ -732,23 +731,23 @@ def main():
         validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
     validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
                                      token_bytes(enc), env)
-    # Loads the checkpoint to start from, and with it whether the model still has RoPE
+    # Loads the starting checkpoint, and whether the model still has RoPE
     keep = kept_steps(cfg, steps, run.meta.get("user_config", {}).get("keep", ""))
     run.start(model, optimizer, stream, rows, keep, steps=steps, switch=switch,
               tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
               validation_file=run.data["validation_file"])
 
     def validate(tokens):
-        """Bits per byte of the first tokens of the validation set, or all if it has fewer."""
+        """Bits per byte of the first `tokens` of the validation set, or of all if it has fewer."""
         return run.validate(compiled, validation_rows, max(1, tokens // cfg.max_seq_len))
 
     for step in range(run.step, steps):
-        # DroPE. RoPE makes attention learn fast, but ties it to the positions it has seen: beyond
-        # them the model is lost. So here RoPE is dropped, for good. The rest of the run, same data,
-        # same schedule, lets the model recover (arXiv:2512.12167). How well depends on the learning
-        # rate that is left: warm-down, to 5%, begins at 35% of the run, so at 25, 50 and 75% the
-        # rate stands at 1.00, 0.78 and 0.42 of its peak. The later the drop, the more the model has
-        # learnt with RoPE, and the less it can still change.
+        # DroPE: RoPE makes attention learn fast, but ties it to the positions it has seen; beyond
+        # them the model is lost. So RoPE is dropped here, for good. In the rest of the run, with
+        # the same data and schedule, the model recovers (arXiv:2512.12167). How well depends on the
+        # learning rate that is left: it falls from 35% of the run on, so after 25, 50 and 75% it is
+        # at 1.00, 0.78 and 0.42 of its peak. The later the drop, the more the model has learned
+        # with RoPE, and the less it can still change.
         if step == switch and model.use_rope:
             with_rope, _ = validate(cfg.eval_sample)
             model.use_rope = False
@@ -768,7 +767,7 @@ def main():
         optimizer.zero_grad()
         run.end_of_step(loss, (step + 1) / steps, factor)
 
-    # All is saved by now; the validation at the end takes minutes
+    # The last checkpoint is saved by now: this validation takes minutes
     run.log_validation(*validate(cfg.eval_tokens), sample=False)
     text = sample(model, enc, "The")
     run.say(f"sample: {text!r}")

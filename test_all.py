@@ -1643,7 +1643,7 @@ def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatc
     hub.faults = {"shard_00000.parquet": ["corrupt", "short"]}
     M.download("x/y", "shard_00000.parquet", tmp_path / "shard", patience=20)
     said = capsys.readouterr().err
-    assert "damaged on the way" in said and "was interrupted: starting from zero" in said
+    assert "damaged in transit" in said and "was interrupted: starting over" in said
     assert M.file_hash(tmp_path / "shard") == M.file_hash(
         Path(hub.env["HF_HOME"]) / "shard") and {"shard"} == {
             path.name for path in tmp_path.iterdir()}
@@ -1705,7 +1705,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         half_way, drope_run, tmp_path, run_here):
     status, output = run_here(pretrain, DROPE, tmp_path)
     assert status == 0 and "resuming from step 15" in output
-    damaged = f"passing over a checkpoint: {half_way}/optim_000020_rank0.pt is damaged"
+    damaged = f"skipping a checkpoint: {half_way}/optim_000020_rank0.pt is damaged"
     assert damaged in output
     assert_same_run(drope_run, half_way)
 
@@ -4191,7 +4191,7 @@ def test_the_readme_names_every_file_and_the_tags_of_the_driver():
     assert {f"{name}.py" for name in SCRIPTS} | {"run_all.sh", "test_all.py"} <= set(links)
     driver = (HERE / "run_all.sh").read_text()
     tags = re.search(r'TAGS="\$\{TAGS:-(.*?)\}"', driver, re.S)[1].split()
-    table = README[README.index("## The 20 tags"):README.index("## Using an export")]
+    table = README[README.index("## The 20 tags"):README.index("## Use an export")]
     assert len(tags) == 20 and set(re.findall(r"\bd\d\d_\w+", table)) == set(tags)
 
 

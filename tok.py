@@ -98,24 +98,22 @@ def count_row_group(shards, path, group, max_chars):
     return counts, chars, docs
 
 
-def ignore_ctrl_c():
-    """For the workers: Ctrl-C reaches all processes, but the main one ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def count_row_groups(shards, max_chars, workers):
     """Yields path, group and what count_row_group returns, for all row groups in order."""
     if workers == 1:
         for path, group in shards.row_groups():
             yield path, group, *count_row_group(shards, path, group, max_chars)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), ignore_ctrl_c)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
     row_groups, waiting = shards.row_groups(), deque()
     try:
         while True:
+            # Workers start here, and inherit that Ctrl-C is ignored: the main process ends them
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             for path, group in islice(row_groups, 2 * workers - len(waiting)):
                 counted = pool.submit(count_row_group, shards, path, group, max_chars)
                 waiting.append((path, group, counted))
+            signal.signal(signal.SIGINT, handler)
             if not waiting:
                 return
             path, group, counted = waiting.popleft()
