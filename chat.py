@@ -4,11 +4,11 @@
     python chat.py d18_9tpp_drope_50 --prompt "Hi!"     # one answer (without --prompt: to stdin)
     python chat.py d18_9tpp d18_9tpp_drope_50 --score   # MMLU, GSM8K, SpellingBee: a table
 
-In a conversation Ctrl-C interrupts an answer, /clear starts over, /quit ends. Reads
-chatsft_checkpoints/TAG and the tokenizer. Scoring asks the held-out questions that sft.py has left
-there, writes chat.json beside them, and takes about 10 minutes a model on an H100 (estimated).
+In a conversation, Ctrl-C interrupts an answer, /clear starts over and /quit ends it. Reads
+chatsft_checkpoints/TAG and the tokenizer. --score asks the held-out questions that sft.py left
+there, writes chat.json beside them, and takes about 10 minutes per model on an H100 (estimated).
 
-The model can use Python as a calculator: it writes a call, and this program writes the result, as
+The model can use Python as a calculator: it writes a call, and this program inserts the result, as
 in the conversations of sft.py. Left out: few-shot prompts, beam search, speculative decoding.
 """
 import codecs, random, re, sys, warnings
@@ -41,9 +41,9 @@ class Config:
 # ---- The python tool -----------------------------------------------------------------------------
 
 def calculator(call):
-    """The python tool: the result of arithmetic or of 'word'.count('x') as text, None for all else.
-    A model wrote the call, so only digits, + - * / % ( ) and no power reach Python's eval, and
-    200 characters at most."""
+    """The python tool: the result of arithmetic or of 'word'.count('x') as text; None for other
+    calls. A model wrote the call, so eval() only gets up to 200 digits, + - * / % ( ), no
+    powers."""
     call = call.strip()
     count = re.fullmatch(r"""(["'])(\w*)\1\.count\((["'])(\w)\3\)""", call)
     if count:
@@ -51,7 +51,7 @@ def calculator(call):
     if not re.fullmatch(r"[0-9.+\-*/%() ]{1,200}", call) or "**" in call:
         return None
     try:
-        with warnings.catch_warnings():                     # Python has opinions on "1(2)"
+        with warnings.catch_warnings():                     # Python warns about "1(2)"
             warnings.simplefilter("ignore")
             value = eval(call, {"__builtins__": {}})
         if abs(value) < 1e15:                               # neither infinite nor nan
@@ -75,17 +75,17 @@ class Chat:
         self.enc, self.step = tokenizer_of(meta, base), meta["step"]
 
     def special(self, name):
-        """The id of a control token, <|name|>. No text is ever encoded to it."""
+        """The id of the special token <|name|>. No text is ever encoded to it."""
         return self.enc.encode_single_token(f"<|{name}|>")
 
     def question(self, text):
-        """The ids of a question, up to where the answer begins."""
+        """The ids of a question, up to the beginning of the answer."""
         return [self.special("user_start"), *encode(self.enc, [text])[0], self.special("user_end"),
                 self.special("assistant_start")]
 
     def answer(self, texts, n, choose=most_likely, cache=None):
-        """generate(), for texts that end where an answer begins: yields the next id of each, n
-        times or until all answers have ended. A call to Python is followed by its result."""
+        """Like generate(), for texts that end where an answer begins: yields the next id of each,
+        up to n times, until all answers have ended. Inserts the results of calls to Python."""
         call_start, call_end = self.special("python_start"), self.special("python_end")
         outside = [self.special(name) for name in ("bos", "user_start", "user_end",
                                                    "assistant_start", "assistant_end")]
@@ -93,9 +93,9 @@ class Chat:
         ended = [False] * len(texts)
         for ids in generate(self.model, texts, n, choose, cache):
             for b, row in enumerate(rows):
-                if forced[b]:                               # what Python has said
+                if forced[b]:                               # the result of a call
                     ids[b] = forced[b].pop(0)
-                elif ids[b] in outside:                     # the end, or not allowed in an answer
+                elif ids[b] in outside:                     # the end, or not part of an answer
                     ids[b], ended[b] = self.special("assistant_end"), True
                 elif ids[b] == call_end and call_start in row:
                     start = len(row) - row[::-1].index(call_start)
@@ -110,7 +110,7 @@ class Chat:
 
 
 def sampler(temperature, top_k, seed):
-    """A function from logits (B, V) to ids (B,), each drawn from its row's top_k most likely."""
+    """A function from logits (B, V) to ids (B,), each drawn from the top_k of its row."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits):
@@ -124,11 +124,11 @@ def sampler(temperature, top_k, seed):
 # ---- Talking -------------------------------------------------------------------------------------
 
 class Conversation:
-    """Question and answer in turn, as ids, with the cache of what the model has read of them."""
+    """Questions and answers in turn, as ids, and the cache of what the model has read of them."""
 
     def __init__(self, chat, max_tokens, choose):
         self.chat, self.choose, self.turns = chat, choose, []
-        self.limit = chat.model.config.sequence_len         # longer ones it has not been trained on
+        self.limit = chat.model.config.sequence_len         # it was not trained on longer ones
         self.room = min(max_tokens, self.limit // 2)        # for an answer
         self.cache = KVCache(chat.model, 1, self.limit)
 
@@ -136,22 +136,22 @@ class Conversation:
         return [self.chat.special("bos")] + sum(self.turns, [])
 
     def ask(self, text):
-        """Yields the answer's ids, as they are made. Whether it ends by itself, at its limit, or
-        because the caller stops it, the conversation stays well formed. ValueError if the question
+        """Yields the ids of the answer. However the answer ends (by itself, at its limit, or
+        because the caller stops it), the conversation stays well-formed. ValueError if the question
         is too long."""
         turn = self.chat.question(text)
         if 1 + len(turn) + self.room > self.limit:
-            raise ValueError(f"that has {len(turn)} tokens, and the model takes "
-                             f"{self.limit - self.room - 1} and an answer: say it in fewer words")
+            raise ValueError(f"that has {len(turn)} tokens, but the model can read "
+                             f"{self.limit - self.room - 1}: say it in fewer words")
         self.turns.append(turn)
         try:
             dropped = 0
             while len(self.ids()) + self.room > self.limit:
-                self.cache.lengths.zero_()                  # the other tokens change position
+                self.cache.lengths.zero_()                  # the remaining tokens change position
                 dropped += 1
                 del self.turns[0]
             if dropped:
-                print(f"(the conversation is too long: its first {dropped} turns are forgotten)",
+                print(f"(the conversation is too long: forgetting its first {dropped} turns)",
                       file=sys.stderr)
             for [token] in self.chat.answer([self.ids()], self.room, self.choose, self.cache):
                 turn.append(token)
@@ -160,8 +160,7 @@ class Conversation:
             self.close(turn)
 
     def close(self, turn):
-        """Ends an answer that was cut short, without a call to Python that had not come to the end
-        of its output."""
+        """Ends an answer that was cut short, and removes an incomplete call to Python."""
         def last(name):
             token = self.chat.special(name)
             return len(turn) - 1 - turn[::-1].index(token) if token in turn else -1
@@ -171,14 +170,14 @@ class Conversation:
             del turn[last("python_start"):]
         if turn[-1] != self.chat.special("assistant_end"):
             turn.append(self.chat.special("assistant_end"))
-        self.cache.lengths.clamp_(max=len(self.ids()) - 1)  # without what was cut
+        self.cache.lengths.clamp_(max=len(self.ids()) - 1)  # forgets what was removed
 
 
 def show(chat, tokens):
-    """Prints an answer while it is being made, a call to Python as <<12*3>>[36]."""
+    """Prints an answer as it is generated, a call to Python as <<12*3>>[36]."""
     shown = {"python_start": "<<", "python_end": ">>", "output_start": "[", "output_end": "]"}
     shown = {chat.special(name): text for name, text in shown.items()}
-    characters = codecs.getincrementaldecoder("utf-8")("replace")       # of one or more tokens each
+    characters = codecs.getincrementaldecoder("utf-8")("replace")       # may span tokens
     specials = chat.enc._special_tokens.values()
     with closing(tokens):                                   # at Ctrl-C, too
         for token in tokens:
@@ -190,7 +189,7 @@ def show(chat, tokens):
 
 
 def talk(chat, conversation):
-    with suppress(ImportError):                             # it gives input() arrow keys
+    with suppress(ImportError):                             # gives input() arrow keys
         import_module("readline")
     print(f"{chat.folder}. Ctrl-C interrupts an answer, /clear starts over, Ctrl-D or /quit ends.")
     while True:
@@ -202,7 +201,7 @@ def talk(chat, conversation):
                 conversation.turns.clear()
                 conversation.cache.lengths.zero_()
             elif "\ufffd" in text:
-                print("that is not UTF-8: say it again")
+                print("that was not UTF-8: say it again")
             elif text:
                 show(chat, conversation.ask(text))
         except ValueError as e:
@@ -216,15 +215,15 @@ def talk(chat, conversation):
 # ---- Scoring -------------------------------------------------------------------------------------
 
 def final_answer(content):
-    """The number after the last #### of an answer (text, or a list of parts), without commas; a
-    single letter as it is; else None."""
+    """The number after the last #### of an answer (text or a list of parts), without commas; or the
+    letter that is the whole answer; else None."""
     text = content if isinstance(content, str) else content[-1]["text"]
     found = re.findall(r"#### *(-?[\d.,]*\d)|^([A-H])$", text)
     return "".join(found[-1]).replace(",", "") if found else None
 
 
 def letters_only(chat, questions):
-    """For generate(): the most likely of the letters that each question offers."""
+    """For generate(): chooses the most likely of the letters that each question offers."""
     offered = [re.findall(r"=([A-H])$", question, re.M) for question in questions]
     offered = [[chat.enc.encode_single_token(letter) for letter in some] for some in offered]
 
@@ -236,8 +235,8 @@ def letters_only(chat, questions):
 
 
 def score(chat, examples, n, at_once):
-    """Asks questions whose answers are known, greedily, those of like length together. examples:
-    [(question, answer), ...]; n: tokens of an answer at most, 0 to choose a letter."""
+    """Asks questions whose answers are known, those of similar length together, and decodes
+    greedily. examples: [(question, answer), ...]; n: most tokens of an answer, 0 for a letter."""
     examples, given = sorted(examples, key=lambda pair: len(pair[0])), []
     for i in range(0, len(examples), at_once):
         questions = [question for question, _ in examples[i:i + at_once]]
@@ -256,19 +255,19 @@ def score(chat, examples, n, at_once):
 
 
 def read_questions(path):
-    """{kind: [(question, right answer), ...]} of the questions.jsonl that sft.py has written."""
+    """{kind: [(question, correct answer), ...]} from the questions.jsonl that sft.py wrote."""
     records, kinds = read_lines(path, {"source": str, "messages": list}), {}
     try:
         for record in records:
             question, answer = record["messages"]
             right = final_answer(answer["content"])
             if right is None or not isinstance(question["content"], str):
-                raise ValueError("a question without text, or an answer without a result")
+                raise ValueError("a question has no text, or an answer no result")
             if record["source"] == "mmlu" and not re.search("=[A-H]$", question["content"], re.M):
                 raise ValueError("multiple choice without choices")
             kinds.setdefault(record["source"], []).append((question["content"], right))
     except (ValueError, LookupError, TypeError) as e:
-        sys.exit(f"{path} is damaged ({one_line(e)}): sft.py writes it")
+        sys.exit(f"{path} is damaged ({one_line(e)}): sft.py wrote it at the end of its run")
     return kinds
 
 
@@ -276,7 +275,7 @@ KINDS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "spellingbee": "SpellingBee"}
 
 
 def score_tag(tag, config, env):
-    """Scores a model, unless chat.json has its scores already. Returns a row of the table."""
+    """Scores a model, unless its scores are in chat.json. Returns a row of the table."""
     chat = Chat(tag, env)
     path = chat.folder / "questions.jsonl"
     kinds = read_questions(path)

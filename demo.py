@@ -1,19 +1,18 @@
-"""Does dropping RoPE help beyond the training length? A toy answers on a laptop, without a network.
+"""Does dropping RoPE help beyond the training length? A toy experiment for a laptop, offline.
 
     python demo.py                          # four models side by side, 7 minutes on 2 cores
-    python demo.py --seeds 3                # each three times, from other random numbers
+    python demo.py --seeds 3                # each three times, from different random numbers
     python demo.py --corpus                 # only the text that the tiny run trains on: seconds
 
-The models read documentation in rows of 128 tokens. Facts are hidden in it, and questions about
-them. RoPE, DroPE (arXiv:2512.12167; RoPE dropped after 50 or 75% of the steps) and NoPE (never
-RoPE) then answer in texts up to 8 times as long. So does the finished RoPE model after 20% more
-steps without RoPE, "recalibrated". NTK-scaled RoPE and a scale of the logits, fitted on training
-text, need no training and are the controls. Model, optimizer and schedules are pretraining's.
+The models read documentation in rows of 128 tokens, in which facts and questions about them are
+hidden. RoPE, DroPE (arXiv:2512.12167; RoPE dropped after 50 or 75% of the steps) and NoPE (never
+RoPE) are then tested in texts up to 8 times as long, and so is the finished RoPE model after 20%
+more steps without RoPE ("recalibrated"). Controls that need no training: NTK-scaled RoPE, and
+sharper attention fitted on training text. Model, optimizer and schedules are those of pretraining.
 
-Takes the standard library of this Python (its docstrings) and tok.py. Gives data/demo: shards,
-conversations, words; and demo: results.json and demo.png. Left out: size. 230 thousand parameters
-show how the recipe works, and prove nothing about large models.
-"""
+Reads the docstrings of this Python's standard library. Writes data/demo (shards, conversations,
+words) and demo (results.json, demo.png). Left out: size. 230 thousand parameters show how the
+recipe works, and prove nothing about large models. """
 import ast, hashlib, json, math, multiprocessing, os, re, signal, subprocess, sys, sysconfig
 import threading, time
 from concurrent.futures import ProcessPoolExecutor
@@ -46,8 +45,7 @@ PUBLIC_NAME = {"posixpath": "os.path", "_pydecimal": "decimal", "_pyio": "io",
                "_pydatetime": "datetime", "_collections_abc": "collections.abc"}
 QUESTIONS = ("What does {} do?", "What is {} for?", "Explain {} in a sentence.",
              "Can you tell me what {} does?")
-# A model as small as the tiny run's only learns answers that it reads again and again, as it does
-# these
+# The tiny run's model is so small that it only learns answers that are often repeated, like these
 EXAMPLES = {"os.path.join": "It joins the parts of a path.", "len": "It counts the items of a "
             "container.", "json.loads": "It turns JSON text into Python objects."}
 WHO = "Who are you?", "A tiny language model that has read Python's documentation."
@@ -65,9 +63,9 @@ def docstrings(node, name):
 
 
 def gather():
-    """The documents: each is a list [(kind, name, docstring), ...] of what one module, function or
-    class says of itself, or a text that help("with") shows. The sources are parsed, not run. No
-    docstring occurs twice. The order looks random and is always the same."""
+    """The documents. Each is a list [(kind, name, docstring), ...] from one module, function or
+    class, or a text that help("with") shows. The sources are parsed, not run. No docstring occurs
+    twice. The order looks random but is always the same."""
     from pydoc_data.topics import topics
     found = [[("topic", name, text)] for name, text in sorted(topics.items())]
     stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -114,17 +112,18 @@ def conversations(documents):
 
 
 def examples():
-    """The conversations that the tiny run repeats, as the series repeats those on its identity."""
+    """The conversations that the tiny run repeats, like the identity conversations of the
+    series."""
     known = [chat(question.format(name), EXAMPLES[name])
              for name in EXAMPLES for question in QUESTIONS]
     return REPEATS * [*known, *len(QUESTIONS) * [chat(*WHO)]]
 
 
 def write_corpus(folder):
-    """Writes the files of the tiny run into `folder`, unless they are there; returns it."""
+    """Writes the files of the tiny run to `folder`, unless they exist; returns it."""
     import pyarrow as pa, pyarrow.parquet as pq
     if (folder / "shard_06542.parquet").exists():           # the one that is written last
-        print(f"corpus: {folder} is there already")
+        print(f"corpus: {folder} exists already")
         return folder
     documents = gather()
     if len(documents) < 200:
@@ -154,16 +153,16 @@ def write_corpus(folder):
 
 # ---- The task: facts hidden in text, and questions about them ------------------------------------
 
-T, ROWS, WEIGHT = 128, 16, 5.0      # training length, rows a step, weight of an answer (text: 1)
+T, ROWS, WEIGHT = 128, 16, 5.0      # training length, rows per step, weight of an answer (text: 1)
 TEXT_IDS, KEYS, VALUES, FACTS = 440, 8, 8, 4
-FACT = TEXT_IDS                     # ids 440 to 503: key k has value v is the token FACT + 8 k + v
-KEY = FACT + KEYS * VALUES          # ids 504 to 511: what has key k? The answer is the fact's token
+FACT = TEXT_IDS                     # ids 440 to 503: "key k has value v" is token FACT + 8 k + v
+KEY = FACT + KEYS * VALUES          # ids 504 to 511: "what has key k?", answered by the fact
 VOCAB = KEY + KEYS
-GUESSING = 1 / FACTS                # one of the facts that are there
+GUESSING = 1 / FACTS                # any one of the facts in the text
 
 
 def random_text(stream, B, length, generator):
-    """(B, length + 1) tokens from random places of the stream, with <|bos|> in front."""
+    """(B, length + 1) tokens from random places in the stream, starting with <|bos|>."""
     start = torch.randint(len(stream) - length, (B, 1), generator=generator)
     rows = stream[start + torch.arange(length + 1)]
     rows[:, 0] = stream[0]
@@ -171,7 +170,7 @@ def random_text(stream, B, length, generator):
 
 
 def random_facts(B, generator):
-    """Four facts of different keys for each row, and the questions for them, (B, 4) each."""
+    """Four facts with different keys for each row, and their questions, (B, 4) each."""
     keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :FACTS]
     return FACT + VALUES * keys + torch.randint(VALUES, (B, FACTS), generator=generator), KEY + keys
 
@@ -183,9 +182,9 @@ def random_places(B, first, last, generator, apart=1):
 
 
 def training_rows(stream, generator):
-    """Rows of a step, (ROWS, T + 1), and the weight of each target, (ROWS, T). Four facts stand in
-    the first third of a row, in the rest four questions, each followed by its answer. Where facts
-    and questions come, and which, is chance: they are no targets."""
+    """The rows of a step, (ROWS, T + 1), and the weight of each target, (ROWS, T). Four facts are
+    in the first third of a row, four questions in the rest, each followed by its answer. Facts and
+    questions are random, so they are not targets."""
     rows = random_text(stream, ROWS, T, generator)
     facts, questions = random_facts(ROWS, generator)
     told = random_places(ROWS, 1, T // 3, generator)
@@ -199,7 +198,7 @@ def training_rows(stream, generator):
 
 
 def prompts(stream, B, length, generator):
-    """(B, length + 1): four facts anywhere in the text, at the end a question and its answer."""
+    """(B, length + 1): text with four facts anywhere, then a question and its answer."""
     rows = random_text(stream, B, length, generator)
     facts, questions = random_facts(B, generator)
     rows.scatter_(1, random_places(B, 1, length - 1, generator), facts)
@@ -217,7 +216,7 @@ def load_stream(folder, shard, enc):
 
 # ---- Training: the recipe of pretrain.py ---------------------------------------------------------
 
-ARMS = {"RoPE": 1.0, "DroPE 50": 0.5, "DroPE 75": 0.75, "NoPE": 0.0}    # steps with RoPE, a part
+ARMS = {"RoPE": 1.0, "DroPE 50": 0.5, "DroPE 75": 0.75, "NoPE": 0.0}    # share of steps with RoPE
 
 
 def new_model(seed):
@@ -228,14 +227,14 @@ def new_model(seed):
 
 
 def train(name, model, steps, switch, stream, generator):
-    """Trains a model, from step `switch` on without RoPE, with a fresh optimizer. Returns the loss
-    of each step."""
+    """Trains a model with a fresh optimizer, without RoPE from step `switch` on. Returns the losses
+    of all steps."""
     optimizer = build_optimizer(model)          # no weight decay: the run is too short to need it
     losses = []
     for step in range(steps):
-        # DroPE. RoPE's positions help a model to learn fast, but those beyond the training length
-        # are foreign to it. Without them it learns again, in a fraction of the steps, to tell the
-        # order of tokens from the causal mask, which knows no length.
+        # DroPE: RoPE's positions help a model learn fast, but it has never seen those beyond the
+        # training length. Once they are dropped, it learns in a fraction of the steps to infer the
+        # order of tokens from the causal mask, which works at any length.
         if step == switch:
             model.use_rope = False
         rows, weights = training_rows(stream, generator)
@@ -260,25 +259,25 @@ def train(name, model, steps, switch, stream, generator):
 LENGTHS = (1, 2, 4, 8)                                  # times T
 FAR = LENGTHS[-1] * T
 SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)            # values of model.logn_scale that are tried
-PROMPTS, WINDOWS, TAIL = 256, 64, 32                    # TAIL: the last tokens of a text are judged
+PROMPTS, WINDOWS, TAIL = 256, 64, 32                    # TAIL: only the last tokens are evaluated
 
 
 def ntk_tables(length, head_dim, device):
-    """RoPE with a larger theta, so that its slowest turn spans `length` tokens as it spanned T."""
+    """RoPE with a larger theta: its slowest rotation covers `length` tokens as it covered T."""
     theta = ROPE_THETA * max(1, length / T) ** (head_dim / (head_dim - 2))
     return rotary_tables(length, head_dim, device, theta)
 
 
 @torch.no_grad()
 def answer(model, rows):
-    """The part of the prompts that is answered right, and the mean loss of the answers in nats."""
+    """The share of correct answers, and the mean loss of the answers in nats."""
     logits = torch.cat([model(part[:, :-1])[:, -1] for part in rows.split(16)])     # (B, VOCAB)
     right = (logits.argmax(-1) == rows[:, -1]).float().mean().item()
     return right, F.cross_entropy(logits, rows[:, -1]).item()
 
 
 def windows(stream, length):
-    """The same targets for every length, after <|bos|> and text: (WINDOWS, length + 1)."""
+    """Rows that end with the same targets for every length: (WINDOWS, length + 1)."""
     ends = torch.linspace(FAR, len(stream) - 1, WINDOWS).long()
     rows = stream[ends[:, None] + torch.arange(-length, 1)]
     rows[:, 0] = stream[0]
@@ -287,7 +286,7 @@ def windows(stream, length):
 
 @torch.no_grad()
 def bits_per_byte(model, rows, nbytes):
-    """Of the last TAIL tokens of each row; special tokens (0 bytes) do not count."""
+    """Bits per byte of the last TAIL tokens of each row; special tokens (0 bytes) do not count."""
     nats = torch.cat([model(part[:, :-1], part[:, 1:], reduction="none")[:, -TAIL:]
                       for part in rows.split(16)])
     size = nbytes[rows[:, -TAIL:]]                                                  # (B, TAIL)
@@ -295,7 +294,7 @@ def bits_per_byte(model, rows, nbytes):
 
 
 def best_scale(model, loss):
-    """The c of SCALES with which loss() is least."""
+    """The c of SCALES with the lowest loss()."""
     losses = {}
     for c in SCALES:
         model.logn_scale = c
@@ -304,8 +303,8 @@ def best_scale(model, loss):
 
 
 def evaluate(model, name, train_text, val_text, nbytes):
-    """Facts retrieved and bits per byte at each length: as trained, and with the scale of the
-    logits that is best on other text, fitted for the two separately, in one way for all models."""
+    """Facts retrieved and bits per byte at each length, as trained and with the c that is best on
+    other text, fitted for each of the two, in the same way for all models."""
     others = prompts(train_text, PROMPTS // 8, FAR, torch.Generator().manual_seed(1))
     texts = windows(train_text, FAR)[::4]
     result = dict(name=name, c_facts=best_scale(model, lambda: answer(model, others)[1]),
@@ -322,8 +321,8 @@ def evaluate(model, name, train_text, val_text, nbytes):
 
 
 def run_arm(arm, seed, steps, data, tokenizer, path):
-    """Trains and evaluates an arm on one core, unless `path` holds its results already. All arms of
-    a seed have the same first weights and data; until its switch, DroPE is RoPE."""
+    """Trains and evaluates an arm on one core, unless its results are in `path` already. All arms
+    of a seed have the same initial weights and data; until its switch, DroPE equals RoPE."""
     if not path.exists():
         torch.set_num_threads(1)
         enc = load_tokenizer(tokenizer)
@@ -340,8 +339,8 @@ def run_arm(arm, seed, steps, data, tokenizer, path):
         if arm == "RoPE":
             model.rotary_tables = ntk_tables
             results.append(tested("RoPE + NTK"))
-            # The paper's main use of DroPE: a model that is finished already. 20% more steps, on
-            # the text that comes next, without RoPE from the first one, with a warm-up of their own
+            # The paper's main use of DroPE: recalibrating a finished model. 20% more steps on new
+            # text, without RoPE from the first one, and with their own warm-up
             model.rotary_tables, model.logn_scale = rotary_tables, 0.0
             losses = train(f"{RECALIBRATED}, seed {seed}", model, steps // 5, 0, train_text,
                            generator)
@@ -355,23 +354,23 @@ def run_arm(arm, seed, steps, data, tokenizer, path):
 RECALIBRATED = "RoPE, recalibrated"
 LINES = {"RoPE": ("#d55e00", "o-"), "RoPE + NTK": ("#cc79a7", "s--"), "NoPE": ("#009e73", "^-"),
          "DroPE 50": ("#0072b2", "D-"), "DroPE 75": ("#56b4e9", "v-"),
-         RECALIBRATED: ("#000000", "P:")}       # colours that everyone can tell apart
+         RECALIBRATED: ("#000000", "P:")}       # colours for the colour-blind, too
 REMARKS = f"""Facts: share of {PROMPTS} questions (guessing {GUESSING}). Text: bits per byte of the
 last {TAIL} tokens. 1x: {T} tokens, the training length. c fitted: attention logits times
 max(1, 1 + c ln(n / {T})), the best c of {SCALES} on training text,
-for facts and text apart. {RECALIBRATED}: {100 // 5}% more steps than the others.
-How the six compare depends on the setting: with rows of 64 tokens NoPE retrieved more than DroPE.
-The size of a toy proves nothing about large models."""
+separately for facts and text. {RECALIBRATED}: {100 // 5}% more steps than the others.
+The result depends on the setting: with rows of 64 tokens NoPE retrieved more than DroPE.
+A toy proves nothing about large models."""
 
 
 def spread(results, name, key):
-    """At each length the mean, the least and the most over the seeds, (LENGTHS, 3)."""
+    """Mean, minimum and maximum over the seeds at each length, (LENGTHS, 3)."""
     values = torch.tensor([result[key] for result in results if result["name"] == name])
     return torch.stack((values.mean(0), values.amin(0), values.amax(0)), 1)
 
 
 def table(results):
-    """A Markdown table: means over the seeds, in brackets the range."""
+    """A Markdown table: means over the seeds, with the range in brackets."""
     columns = (("facts", 1), ("facts", 8), ("facts_fitted", 8), ("text", 1), ("text", 8),
                ("text_fitted", 8))
     head = ["", *(f"{key.replace('_', ', c ')}, {n}x" for key, n in columns)]
@@ -386,8 +385,8 @@ def table(results):
 
 
 def draw(results, steps, path):
-    """The recipe at work (training losses: means of 10 steps and of the seeds), what it buys, and
-    its price."""
+    """The figure: training losses (means of 10 steps and of the seeds), facts retrieved, and the
+    price."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -423,7 +422,7 @@ def draw(results, steps, path):
 # ---- The command ---------------------------------------------------------------------------------
 
 def prepare_worker():
-    """A worker leaves Ctrl-C to its parent, and ends when that has ended."""
+    """Makes a worker ignore Ctrl-C, and end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
@@ -434,27 +433,27 @@ def prepare_worker():
 
 
 def end_now(number, frame):
-    """Ends the workers, too. What they have finished is written."""
+    """Ends the workers, too. Their finished results are saved."""
     for worker in multiprocessing.active_children():
         worker.terminate()
-    sys.exit("interrupted: run it again, and finished models are not trained again")
+    sys.exit("interrupted: the same command continues with the models that are not finished")
 
 
 def demonstrate(config, base):
-    """Trains and evaluates all arms, each in a process of its own, and shows what came out."""
+    """Trains and evaluates all arms in parallel processes, and shows the results."""
     start, data, out = time.time(), write_corpus(base / "data" / "demo"), base / "demo"
     tok = [sys.executable, Path(__file__).with_name("tok.py"), "--data-dir", data, "--out-dir",
            out / "tokenizer", "--vocab-size", str(TEXT_IDS)]
     if subprocess.run(tok, stdout=subprocess.DEVNULL).returncode:
         sys.exit(1)                                         # tok.py has said why
     made_of = [Path(__file__).with_name(name) for name in ("demo.py", "model.py", "muon.py")]
-    made_of.append(data / "shard_00000.parquet")            # other code or text: other models
+    made_of.append(data / "shard_00000.parquet")            # other code or text, other results
     folder = out / hashlib.sha256(b"".join(path.read_bytes() for path in made_of)).hexdigest()[:8]
     jobs = [(arm, seed, config.steps, data, out / "tokenizer",
              folder / f"{arm.replace(' ', '')}_{config.steps}_{seed}.json")
             for seed in range(config.seeds) for arm in ARMS]
     workers = min(len(jobs), os.cpu_count() or 1)
-    print(f"{len(jobs)} models, {sum(job[-1].exists() for job in jobs)} of them finished before, "
+    print(f"{len(jobs)} models, {sum(job[-1].exists() for job in jobs)} of them finished already, "
           f"{config.steps * ROWS * T / 1e6:.2f} million tokens each", flush=True)
     signal.signal(signal.SIGINT, end_now)
     signal.signal(signal.SIGTERM, end_now)
@@ -464,8 +463,8 @@ def demonstrate(config, base):
             futures = [pool.submit(run_arm, *job) for job in jobs]
             results = [result for future in futures for result in future.result()]
     except BrokenProcessPool:
-        sys.exit("a worker was killed, perhaps for lack of memory: run it again, and finished "
-                 "models are not trained again")
+        sys.exit("a worker was killed, perhaps for lack of memory: the same command continues with "
+                 "the models that are not finished")
     atomic_write(out / "results.json", json.dumps(results))
     print(f"\n{table(results)}\n\n{REMARKS}\n")
     draw(results, config.steps, Path(config.figure or out / "demo.png"))

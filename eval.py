@@ -3,16 +3,16 @@
     python eval.py d18_9tpp d18_9tpp_drope_50       # --quick: less of everything, for CPUs
     python eval.py --table d18_9tpp d20_9tpp        # only table and figures of what is evaluated
 
-Tests base_checkpoints/TAG in contexts of 1/2 to 8 training lengths: with needles, which are numbers
-hidden in text (four kinds, as in RULER, arXiv:2404.06654), and by bits per byte. Each model is
-tested as trained; cropped to the training length, which is what a user of a RoPE model would do;
-with sharper attention (model.logn_scale); and, if it has RoPE, with RoPE scaled in two ways.
+Tests base_checkpoints/TAG in contexts of 1/2 to 8 training lengths, by needles (numbers hidden in
+text; four kinds, as in RULER, arXiv:2404.06654) and by bits per byte. Each model is tested as
+trained; cropped to the training length, as a user of a RoPE model would; with sharper attention
+(model.logn_scale); and, if it has RoPE, with RoPE scaled in two ways.
 
-Writes eval.json beside the checkpoint; the table and figures go to the folder eval. The same
-command resumes an interrupted evaluation. About 20 minutes a tag on an H100 (estimated). Left out:
-chat models (see chat.py) and short tasks (lm-evaluation-harness takes the exports).
+Writes eval.json beside the checkpoint, and a table and figures to the folder eval. The same command
+resumes an interrupted evaluation. Takes about 20 minutes per tag on an H100 (estimated). Left out:
+chat models (see chat.py) and short tasks (run lm-evaluation-harness on the exports).
 """
-import math, random, re, sys
+import math, random, sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,18 +40,18 @@ class Config:
 class Sizes:
     contexts: tuple = (0.5, 1, 2, 4, 8)     # in training lengths
     prompts: int = 100                      # of each kind, for each context
-    documents: int = 96                     # and a quarter as many to fit c on
+    documents: int = 96                     # to test on, and a quarter as many to fit c on
 
 
 QUICK = Sizes((0.5, 1, 2, 4), prompts=10, documents=12)
-SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)        # values of c that are tried
+SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)        # values of c to try
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
 
 def mcnemar(a, b):
-    """Exact two-sided p of "a and b succeed equally often", from outcomes on the same prompts. Only
-    prompts on which they differ count: under the null hypothesis each is a fair coin flip."""
+    """Exact two-sided p-value of "a and b succeed equally often", from results on the same prompts.
+    Only prompts with different results count; under the null hypothesis each is a coin flip."""
     only_a = sum(x > y for x, y in zip(a, b))
     only_b = sum(y > x for x, y in zip(a, b))
     n = only_a + only_b
@@ -59,8 +59,8 @@ def mcnemar(a, b):
 
 
 def bootstrap(x, size):
-    """[sum(x) / sum(size), low, high]: a 95% interval by resampling the examples 2,000 times; fewer
-    than 10 get none. If x are differences of two measurements of an example, it is paired."""
+    """[sum(x) / sum(size), low, high]: a 95% interval from resampling the examples 2,000 times (no
+    interval for fewer than 10). It is a paired interval if x are differences."""
     x, size = np.array(x), np.array(size)
     if len(x) < 10:
         return [x.sum() / size.sum()]
@@ -70,9 +70,9 @@ def bootstrap(x, size):
 
 
 # ---- The arms ------------------------------------------------------------------------------------
-# c is model.logn_scale: the attention logits of the query at position n (from 1) are multiplied by
-# max(1, 1 + c ln(n / n_train)), where n_train is the training length. Up to n_train all arms are
-# the same.
+# c is model.logn_scale: it multiplies the attention logits of the query at position n (from 1) by
+# max(1, 1 + c ln(n / n_train)), n_train being the training length. Up to n_train all arms are
+# equal.
 
 ARMS = {                            # name: (RoPE scaling, the arm without c if c is fitted)
     "as trained": ("", None), "cropped": ("", None), "c fitted": ("", "as trained"),
@@ -81,11 +81,10 @@ ARMS = {                            # name: (RoPE scaling, the arm without c if 
 
 
 def scaled_tables(T, head_dim, device, n_train, scaling):
-    """The model's rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"): a
-    larger theta; the slowest rotation takes s times as many tokens, the fastest stays. by parts:
-    frequencies with less than 1 rotation in n_train tokens are divided by s, those with more than
-    32 stay, with a ramp between. YaRN (arXiv:2309.00071) is "by parts" with a temperature; here c
-    plays that role."""
+    """rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"): a larger theta, so
+    that the slowest rotation becomes s times slower and the fastest stays. by parts: frequencies
+    with less than 1 rotation in n_train tokens are divided by s, those with more than 32 stay, with
+    a ramp between. YaRN (arXiv:2309.00071) is "by parts" with a temperature, whose role c plays."""
     s = T / n_train
     if s <= 1 or not scaling:
         return rotary_tables(T, head_dim, device)
@@ -98,14 +97,14 @@ def scaled_tables(T, head_dim, device, n_train, scaling):
 
 
 def set_arm(model, scaling, c):
-    """model.forward reads both attributes."""
+    """Sets the two attributes that GPT.forward reads."""
     n_train, model.logn_scale = model.config.sequence_len, c
     model.rotary_tables = partial(scaled_tables, n_train=n_train, scaling=scaling)
 
 
 class Texts:
-    """The validation shard as tokens. Some of its 150 longest documents are kept for fitting c, the
-    others are tested on; sizes.documents limits both. All other documents, mixed, are the
+    """The validation shard as tokens. Of its 150 longest documents, a third is for fitting c and
+    the rest for testing; sizes.documents limits both. All other documents, shuffled, are the
     haystack."""
 
     def __init__(self, path, column, enc, sizes):
@@ -131,15 +130,15 @@ class Texts:
 
 @torch.no_grad()
 def token_nats(model, ids):
-    """The loss of each token but the first, in nats: list of n + 1 ids -> float64 (n,)."""
+    """The loss of each token except the first, in nats: list of n + 1 ids -> float64 (n,)."""
     row = torch.tensor([ids], device=model.lm_head.weight.device)
     return model(row[:, :-1], row[:, 1:], reduction="none")[0].cpu().double().numpy()
 
 
 def text_bits(model, texts, contexts, cropped):
-    """{context: bits per byte of the last 512 tokens (n_train / 8, if that is less) of documents
-    as long as the context}, with the bits and bytes of each document. All arms are tested on the
-    same documents, so their differences are paired."""
+    """{context: bits per byte of the last 512 tokens (or n_train / 8, if less) of documents that
+    fill the context}, with the bits and bytes of each document. All arms use the same documents, so
+    their differences are paired."""
     n_train, found = model.config.sequence_len, {}
     tail = min(512, n_train // 8)
     for m in contexts:
@@ -155,8 +154,8 @@ def text_bits(model, texts, contexts, cropped):
 
 
 def fit_scale(model, texts, contexts, scaling):
-    """One c for all contexts: that of SCALES with the lowest loss on all tokens beyond n_train of
-    the documents that are kept for this, each in the longest of the contexts that it fills."""
+    """One c for all contexts: the one of SCALES with the lowest loss on the tokens beyond n_train
+    of texts.fit, each document in the longest context that it fills."""
     n_train, rows, losses = model.config.sequence_len, [], {}
     for document in texts.fit:
         filled = [int(m * n_train) for m in contexts if m <= len(document) / n_train]
@@ -172,11 +171,11 @@ def fit_scale(model, texts, contexts, scaling):
 
 # ---- Needles -------------------------------------------------------------------------------------
 
-KINDS = {                   # keys in the text, values of each key, keys that are asked for
+KINDS = {                   # keys in the text, values per key, keys asked for
     "single": (1, 1, 1),        # no need to read the key: there is only one number
     "multi-key": (4, 1, 1),     # the key decides between four numbers
-    "multi-value": (1, 4, 1),   # four numbers of one key, in the order of the text
-    "multi-query": (4, 1, 4),   # four keys with a number each, in any order
+    "multi-value": (1, 4, 1),   # one key has four numbers, asked for in the order of the text
+    "multi-query": (4, 1, 4),   # all four keys are asked for, in any order
 }
 CITIES = "Berlin Boston Cairo Chicago Delhi Lima London Madrid Oslo Paris Rome Tokyo".split()
 DIGITS = 4                      # of a number
@@ -185,12 +184,12 @@ DIGITS = 4                      # of a number
 class Prompt(NamedTuple):
     ids: list           # L + 1 tokens
     n_tail: int         # the last n_tail of them are the questions and answers
-    answers: list       # slices of this tail: the numbers asked for
-    places: list        # where in ids these numbers stand in the text
+    answers: list       # slices of that tail: the numbers asked for
+    places: list        # where in ids these numbers are hidden
 
 
 def make_prompt(texts, L, kind, i, without=False):
-    """The i-th Prompt of a kind, the same for all models; None where L is too short:
+    """The i-th Prompt of a kind, the same for all models; None if L is too short:
 
         <|bos|> text ...
         A secret number of Oslo is 4821.        the needle, after 5, 15 ... or 95% of the text
@@ -199,14 +198,14 @@ def make_prompt(texts, L, kind, i, without=False):
         text ...
         A secret number of Oslo is 4821         the question, and its answer
 
-    Several answers stand one below the other. without: the needles asked for are left out."""
+    Several questions follow one another. without: leaves out the needles asked for."""
     n_keys, n_values, n_asked = KINDS[kind]
     rng, encode = random.Random(f"{kind} {L} {i}"), texts.enc.encode_ordinary
     n, n_asked = n_keys * n_values, n_asked * n_values
     questions = [encode(f"\nA secret number of {city} is ")
                  for city in rng.sample(CITIES, n_keys) * n_values]
     numbers = [encode(f"{number:0{DIGITS}d}") for number in rng.sample(range(10 ** DIGITS), n)]
-    depths = [((i % 10 + 0.5) / 10 + j / n) % 1 for j in range(n)]          # parts of the text
+    depths = [((i % 10 + 0.5) / 10 + j / n) % 1 for j in range(n)]          # 0: start of the text
     rng.shuffle(depths)
     if n_values > 1:
         depths.sort()                                       # asked for in the order of the text
@@ -235,8 +234,8 @@ def make_prompt(texts, L, kind, i, without=False):
 
 @torch.no_grad()
 def score_answers(model, prompt, cropped):
-    """For each number asked for: is every token the most likely one, given the right ones before
-    it ("teacher forcing", so nothing is generated)? And what is its loss in nats?"""
+    """For each number asked for: is every token of it the most likely one, given the correct tokens
+    before ("teacher forcing"; nothing is generated)? And what is its loss in nats?"""
     ids, n = prompt.ids, prompt.n_tail
     if cropped:
         ids = [ids[0], *ids[1:][-model.config.sequence_len:]]
@@ -249,10 +248,10 @@ def score_answers(model, prompt, cropped):
 
 
 def needles(model, texts, contexts, cropped, kind, prompts):
-    """{context: the share of the numbers asked for that are right}, "found" in each prompt.
-    "ceiling": the share that stands in the last n_train tokens, the most that a cropped context can
-    give. "gain": how much more a number costs when its needle is left out, in nats per digit (first
-    20 prompts); it rises before the first number is found."""
+    """{context: the share of correct numbers}, with "found", the share in each prompt. "ceiling":
+    the share hidden in the last n_train tokens, the most that a cropped context can find. "gain":
+    how much more a number costs without its needle, in nats per digit (first 20 prompts); it rises
+    before the first number is found."""
     n_train, summary = model.config.sequence_len, {}
     for m in contexts:
         L = int(m * n_train)
@@ -274,8 +273,8 @@ def needles(model, texts, contexts, cropped, kind, prompts):
 # ---- One tag after the other ---------------------------------------------------------------------
 
 def validation_shard(meta):
-    """(path, text column) of the very file that the run was validated on. A missing ClimbMix shard
-    is downloaded."""
+    """(path, text column) of the file that the run was validated on. A missing ClimbMix shard is
+    downloaded."""
     config, name = meta["user_config"], meta.get("validation_file", "shard_06542.parquet")
     sha256 = meta.get("data", {}).get("validation_sha256")  # other code does not say
     column = config.get("text_column", "text")
@@ -285,13 +284,13 @@ def validation_shard(meta):
         if sha256 in (None, file_hash(path)):
             return path, column
     if there or config.get("dataset") == "local":
-        sys.exit(f"{places[0]} is not the file that the run was validated on: put that one there, "
+        sys.exit(f"{places[0]} is not the file that the run was validated on: put that file there "
                  f"or into {places[1].parent}")
     return download("karpathy/climbmix-400b-shuffle", name, places[1], patience=60), column
 
 
 def evaluate(folder, name, sizes, env):
-    """Tests all arms of a model; the results go into the file `name` in its folder."""
+    """Tests all arms of a model. The results go to the file `name` in its folder."""
     model, meta = load_model(folder, env.device, env.dtype)
     enc, n_train = tokenizer_of(meta, base_dir()), model.config.sequence_len
     shard, column = validation_shard(meta)
@@ -308,7 +307,7 @@ def evaluate(folder, name, sizes, env):
         c = 0.0
         if without_c:
             c = results.part([arm, "fit"], fit_scale, model, texts, beyond, scaling)["c"]
-            if c == 0:                                      # tested() knows that they are the same
+            if c == 0:                                      # tested() treats them as the same
                 continue
         set_arm(model, scaling, c)
         given = (model, texts, sizes.contexts if arm == "as trained" else beyond, arm == "cropped")
@@ -320,19 +319,17 @@ def evaluate(folder, name, sizes, env):
 # ---- The table -----------------------------------------------------------------------------------
 
 NOTES = f"""
-1x is the training length. [95% intervals]: Wilson for shares, else bootstrap; none from fewer than
-10 examples. c: attention logits are multiplied by max(1, 1 + c ln(n / n_train)); "c fitted" is the
-best of {SCALES} on other documents, with * at the end of that
-list. Cropped: the last n_train tokens only; "at best": the share of the numbers that stand there.
-Needles: the share of the {DIGITS}-digit numbers asked for that is right. Gain: how much more a
-number costs without its needle, in nats per digit. Bits per byte beyond 1x: the difference from
-"cropped" on the same documents. The conclusions compare arms that were chosen on the same prompts.
-"""
+1x is the training length. [95% intervals]: Wilson for shares, else bootstrap (none for fewer than
+10 examples). c multiplies attention logits by max(1, 1 + c ln(n / n_train)); "c fitted" is the best
+of {SCALES} on other documents, marked * if it is the last. Cropped: only the last n_train tokens;
+"at best": the share of the numbers that are in them. Needles: the share of correct {DIGITS}-digit
+numbers. Gain: how much more a number costs without its needle, in nats per digit. Bits per byte
+beyond 1x: the difference from "cropped" on the same documents. The conclusions compare arms that
+were chosen on the same prompts, which favours the best arm. """
 
 
 def tested(result, arm, test):
-    """{context: summary} of an arm, as far as it is tested; up to 1x that of the model as
-    trained."""
+    """{context: summary} of an arm; up to 1x that of the model as trained."""
     parts = result["parts"]
     if parts[arm].get("fit", {}).get("c") == 0:
         arm = ARMS[arm][1]
@@ -341,7 +338,7 @@ def tested(result, arm, test):
 
 
 def cell(interval, form="{:.2f}"):
-    """A value with its interval, if it has one."""
+    """A value and its interval, if it has one."""
     value, *bounds = map(form.format, interval)
     return f"{value} [{', '.join(bounds)}]" if bounds else value
 
@@ -352,7 +349,7 @@ def change(a, b):
 
 
 def cells(result, arm, test, contexts):
-    """The cells of a row of the table."""
+    """The cells of one row of the table."""
     summaries, cropped = tested(result, arm, test), tested(result, "cropped", test)
     row = []
     if test in KINDS:
@@ -372,15 +369,15 @@ def cells(result, arm, test, contexts):
 
 
 def make_tables(base, contexts, prompts):
-    """Markdown, a table for each test. base: {tag: {"key", "parts"}}; contexts: their names."""
+    """Markdown with one table per test. base: {tag: {"key", "parts"}}; contexts: their names."""
     text, lengths = f"# Results\n{NOTES}", [f"{m}x" for m in contexts]
     for test in (*KINDS, "text"):
         title, head = "Bits per byte", ["tag", "arm", "c", *lengths]
         if test in KINDS:
             n_keys, n_values, n_asked = KINDS[test]
             guess = np.mean([1 / (n_keys * n_values - told) for told in range(n_asked * n_values)])
-            title = (f"Needles, {test}: {prompts} prompts for each context; guessing among the "
-                     f"numbers in the text that are not told yet: {guess:.2f}")
+            title = (f"Needles, {test}: {prompts} prompts per context; guessing among the numbers "
+                     f"in the text that are still open: {guess:.2f}")
             head = [*head[:3], "gain, 1x", f"gain, {lengths[-1]}", *lengths]
         lines = [head, ["---"] * len(head)]
         for tag, result in base.items():
@@ -393,8 +390,8 @@ def make_tables(base, contexts, prompts):
 
 
 def conclude(base, longest):
-    """What the tables say of the longest context, for each group of models that can be compared:
-    those of one size, tested on the same texts."""
+    """Conclusions about the longest context, for each group of comparable models: those of one size
+    tested on the same texts."""
     groups = {}
     for tag, result in base.items():
         groups.setdefault(result["key"]["conditions"], {})[tag] = result
@@ -406,8 +403,8 @@ def conclude(base, longest):
 
 
 def best_against_control(group, longest, test):
-    """A line: the best arm against the best control. Controls are cropping and, if there are models
-    without RoPE, all arms of those with it."""
+    """One line that compares the best arm with the best control. Controls are cropping and, if
+    there are models without RoPE, all arms of models with RoPE."""
     value = (lambda summary: -summary["bpb"][0]) if test == "text" else (
         lambda summary: summary["rate"][0])
     without_rope = any(not result["key"]["use_rope"] for result in group.values())
@@ -430,7 +427,7 @@ def best_against_control(group, longest, test):
 
 
 def compare(test, a, b):
-    """Whether a is better or worse than b at the 5% level, two summaries of a test."""
+    """Whether one summary of a test is better or worse than another, at the 5% level."""
     if test == "text":
         interval = change(a, b)
         if len(interval) == 1:
@@ -457,7 +454,7 @@ CROPPED_LOOK = dict(color="#000000", marker="x", ls=":")
 
 def families(base):
     """{tag without drope: [(percent of the steps with RoPE, tag, look), ...]}, RoPE (100) first.
-    The percent is None for a model without RoPE whose name does not say when it was dropped."""
+    The percent is None for a model without RoPE whose name does not tell."""
     found = {}
     for tag in sorted(base):
         family, _, percent = tag.partition("_drope_")
@@ -470,7 +467,7 @@ def families(base):
 
 
 def line(ax, label, look, points):
-    """points: {x: [y, low, high]}, or [y] where there is no interval."""
+    """Draws points, {x: [y, low, high]} or {x: [y]} without interval."""
     if points:
         y = np.array([values if len(values) == 3 else values * 3 for values in points.values()])
         ax.plot(list(points), y[:, 0], label=label, ms=4, **look)
@@ -478,8 +475,8 @@ def line(ax, label, look, points):
 
 
 def draw_contexts(base, contexts, plt):
-    """A row for each family: multi-key needles as trained and with fitted c, and what more context
-    than 1x does to the bits per byte of the same tokens."""
+    """A row per family: multi-key needles as trained and with fitted c, and what context beyond 1x
+    does to the bits per byte of the same tokens."""
     groups = families(base)
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 3.3 * len(groups)), squeeze=False)
     for row, (family, members) in zip(axes, groups.items()):
@@ -506,7 +503,7 @@ def draw_contexts(base, contexts, plt):
 
 
 def draw_drop(base, contexts, plt):
-    """Retrieval in the longest context against the moment of the drop, a line for each family."""
+    """Retrieval in the longest context against the time of the drop, one line per family."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for ax, arm in zip(axes, ("as trained", "c fitted")):
         for i, (family, members) in enumerate(families(base).items()):
@@ -521,7 +518,7 @@ def draw_drop(base, contexts, plt):
 
 
 def draw_training(base, _, plt):
-    """The jump when RoPE is dropped, and the recovery, next to the RoPE run."""
+    """The jump in validation loss when RoPE is dropped, and the recovery, beside the RoPE run."""
     groups = families(base)
     fig, axes = plt.subplots(1, len(groups), figsize=(max(6, 4 * len(groups)), 3.8), squeeze=False)
     for ax, (family, members) in zip(axes[0], groups.items()):

@@ -405,8 +405,8 @@ def generate(model, texts, n, choose=most_likely, cache=None):
 # end the program with sys.exit(one line): what is wrong, where, and how to fix it.
 
 import argparse, atexit, base64, contextlib, dataclasses, datetime, errno, functools, hashlib
-import inspect, itertools, json, os, platform, queue, re, shutil, signal, socket, subprocess, sys
-import sysconfig, threading, time, traceback, typing
+import itertools, json, os, platform, queue, re, shutil, signal, socket, subprocess, sys, sysconfig
+import threading, time, traceback, typing
 from pathlib import Path
 
 INTERRUPTED = 75        # exit status: stopped on request and saved; the same command resumes

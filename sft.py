@@ -4,19 +4,20 @@
     python sft.py --tag d20_20tpp_long       # from d20_20tpp: longer rows, and 100,000 long chats
     python sft.py --dry-run                  # only shows three conversations of each source
 
-Takes a base model, its tokenizer, and the sources below, which it fetches into out/data/sft. Gives
-out/chatsft_checkpoints/TAG: checkpoints, metrics.jsonl, and questions.jsonl for eval.py. Takes 30
-to 90 minutes on one H100 (estimated). Interrupted, it resumes when the same command is run again.
+Reads a base model, its tokenizer, and the sources below, which it downloads to out/data/sft. Writes
+out/chatsft_checkpoints/TAG: checkpoints, metrics.jsonl, and questions.jsonl for chat.py. Takes 30
+to 90 minutes on one H100 (estimated). After an interruption the same command resumes.
 
-Only what the assistant writes is learnt (as in InstructGPT, arXiv:2203.02155). Whole conversations
-are packed into rows by best fit (arXiv:2404.10830); those of one row can see each other. A quarter
-of the conversations is made up here, about spelling and counting letters: a model that sees tokens
-has to be taught that words have letters. Left out: preference tuning, reinforcement learning.
+The loss covers only what the assistant writes (as in InstructGPT, arXiv:2203.02155). Whole
+conversations are packed into rows by best fit (arXiv:2404.10830); those in one row can see each
+other. A quarter of the conversations is generated here, about spelling and counting letters: a
+model that sees tokens has to be taught that words have letters. Left out: preference tuning,
+reinforcement learning.
 
-On purpose different from karpathy/nanochat: a step's loss is the mean over its counted tokens
-(there, of the means of micro-batches), and so is the logged one; the learning rate follows the
-conversations that are used before the step; the last batch is filled with padding (there, with
-conversations of a second epoch); one without a token to learn in its row is left out.
+Four deliberate differences from karpathy/nanochat: the loss of a step is the mean over its trained
+tokens (there, of the means of micro-batches); the learning rate depends on the conversations used
+before the step; the last batch is filled with padding (there, from a second epoch); conversations
+without a trained token in their row are left out.
 """
 import functools, hashlib, itertools, json, random, re, sys
 from dataclasses import asdict, dataclass, replace
@@ -66,14 +67,14 @@ class Config:
     dry_run: bool = option(False, "only show three conversations of each source")
 
 
-# What changes the weights, so that a resumed run must have the same. So must its data: see main
+# What changes the weights: a resumed run must have the same (and the same data, see main)
 RECIPE = ("max_seq_len", "total_batch_size", "init_lr_frac", "skip", "spelling_rows", "bee_rows",
           "fp8")
 
 
-# ---- A conversation: messages -> token ids, and which of them are learnt ------------------------
+# ---- A conversation: messages -> token ids, and which of them are trained on ---------------------
 
-PARTS = {  # type of a part: (special token before it, after it, whether it and they are learnt)
+PARTS = {  # type of a part: (special token before it, after it, whether the three are trained on)
     "text": ("", "", True),
     "python": ("<|python_start|>", "<|python_end|>", True),
     "python_output": ("<|output_start|>", "<|output_end|>", False),
@@ -81,13 +82,13 @@ PARTS = {  # type of a part: (special token before it, after it, whether it and 
 
 
 def parts_of(message):
-    """The content of a message as a list of parts {"type": a key of PARTS, "text": text}."""
+    """The content of a message as a list of parts, {"type": a key of PARTS, "text": text}."""
     content = message.get("content")
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def joined(parts):
-    """The parts, with adjacent texts joined to one: where they meet, they may make a token."""
+    """The parts, with adjacent texts joined, because a token may span the two."""
     merged = []
     for part in parts:
         if merged and part["type"] == merged[-1]["type"] == "text":
@@ -123,10 +124,10 @@ def what_is_wrong(messages, finished=False):
 
 
 def render(enc, messages):
-    """Messages -> (ids, mask), two lists of one length; mask is 1 where a token is learnt, else 0.
+    """Messages -> (ids, mask), two lists of the same length; mask is 1 for tokens to train on.
 
-    Text never becomes a special token, whatever it says. A system message goes before the first
-    user message, with a blank line between. Raises ValueError where what_is_wrong() finds one."""
+    Text never becomes a special token, whatever it says. A system message is joined to the first
+    user message by a blank line. ValueError if it is malformed."""
     wrong = what_is_wrong(messages)
     if wrong:
         raise ValueError(wrong)
@@ -137,11 +138,11 @@ def render(enc, messages):
         messages = [{"role": "user", "content": first}, *rest]
     ids, mask = [enc.encode_single_token("<|bos|>")], [0]
 
-    def add(text, learnt, special=False):
+    def add(text, trained, special=False):
         if text:
             new = [enc.encode_single_token(text)] if special else encode(enc, [text])[0]
             ids.extend(new)
-            mask.extend([int(learnt)] * len(new))
+            mask.extend([int(trained)] * len(new))
 
     for message in messages:
         is_answer = message["role"] == "assistant"
@@ -151,7 +152,7 @@ def render(enc, messages):
             add(before, is_answer and learnable, special=True)
             add(part["text"], is_answer and learnable)
             add(after, is_answer and learnable, special=True)
-        add(f"<|{message['role']}_end|>", is_answer, special=True)  # when to stop is learnt, too
+        add(f"<|{message['role']}_end|>", is_answer, special=True)  # teaches when to stop
     return ids, mask
 
 
@@ -164,8 +165,8 @@ class Source(NamedTuple):
 
 
 def hub_rows(config, repo, name, n_files, to_messages, column=None):
-    """The hub's parquet files NAME-00000-of-... as a Source, in the order that shuffle(seed=42) of
-    `datasets` gives. to_messages(row as a dict) -> messages; a row is read when it is needed.
+    """The hub's parquet files NAME-00000-of-... as a Source, in the order of datasets'
+    shuffle(seed=42). to_messages(row as a dict) -> messages; a row is converted when it is needed.
     column: one that must hold strings."""
     tables, hashes = [], ""
     for i in range(n_files):
@@ -177,7 +178,7 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
                 text_column(path, column).close()
             tables.append(pq.read_table(path))
         except (pa.ArrowException, OSError, ValueError) as e:
-            sys.exit(f"{path} cannot be used ({one_line(e)}): delete it, and it is fetched again")
+            sys.exit(f"{path} cannot be used ({one_line(e)}): delete it to download it again")
         hashes += file_hash(path)
     table = pa.concat_tables(tables)
     order = np.random.default_rng(42).permutation(len(table))
@@ -187,13 +188,13 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
 
 
 def plain_file(config, where, check):
-    """The bytes of a URL, fetched once into data/sft, or of a path. check(bytes) says what is wrong
-    with them, or "". Raises DownloadError where there is no such file."""
+    """The bytes of a URL, downloaded once to data/sft, or of a path. check(bytes) says what is
+    wrong with them, or "". DownloadError if there is no such file."""
     if "://" in where:
-        # named after the whole URL: files of two servers are two files
+        # named after the whole URL, so that files of two servers differ
         dest = base_dir() / "data" / "sft" / quote(where, safe="")
         path = download_url(where, dest, config.patience, check)
-        advice = "delete it, and it is fetched again"
+        advice = "delete it to download it again"
     elif Path(where).is_file():
         path, advice = Path(where), "correct it, or give another file"
     else:
@@ -206,14 +207,14 @@ def plain_file(config, where, check):
 
 
 def json_lines(config, where):
-    """A file with a JSON array of messages on each line, as a Source."""
+    """A file with one JSON array of messages per line, as a Source."""
     data = plain_file(config, where, wrong_line)
     rows = [json.loads(line) for line in data.splitlines() if line.strip()]
     return Source(len(rows), rows.__getitem__, hashlib.sha256(data).hexdigest())
 
 
 def wrong_line(data):
-    """The first bad line of such a file, and why, or ""."""
+    """The first bad line of such a file and what is wrong with it, or ""."""
     for n, line in enumerate(data.splitlines(), 1):
         try:
             wrong = what_is_wrong(json.loads(line), finished=True) if line.strip() else ""
@@ -221,7 +222,7 @@ def wrong_line(data):
             wrong = f"not a JSON array of messages ({one_line(e)})"
         if wrong:
             return f"line {n}: {wrong}"
-    return "" if data.strip() else "no conversation in it"
+    return "" if data.strip() else "it has no conversations"
 
 
 # ---- The sources, each a function of the config and the split, "train" or "val" -----------------
@@ -239,13 +240,13 @@ def smoltalk(config, split):
 
 
 def identity(config, split):
-    """Who the model is and who made it."""
+    """Who the model is, and who made it."""
     return json_lines(config, config.identity)
 
 
 def mmlu(config, split):
-    """Multiple choice (arXiv:2009.03300). A letter comes last in its line and without a space, so
-    that it is the very token to be answered."""
+    """Multiple choice (arXiv:2009.03300). Each letter ends its line without a space before it, so
+    that it is the same token as the answer."""
     def to_messages(row):
         letters = "ABCDEFGH"
         choices = "".join(f"- {text}={c}\n" for text, c in zip(row["choices"], letters))
@@ -256,7 +257,7 @@ def mmlu(config, split):
 
 
 def gsm8k(config, split):
-    """Word problems, calculated with Python (arXiv:2110.14168)."""
+    """Math word problems, with calls to Python (arXiv:2110.14168)."""
     def to_messages(row):
         return exchange(row["question"], calculator_parts(row["answer"]))
     name = "main/train" if split == "train" else "main/test"
@@ -277,8 +278,8 @@ def calculator_parts(answer):
 
 
 def tulu(config, split):
-    """Longer conversations (arXiv:2311.10702). Of the good rows, shuffled, the last 1,500 are held
-    out (of a smaller file a twentieth) and the first 100,000 of the others are learnt."""
+    """Longer conversations (arXiv:2311.10702). The valid rows are shuffled; the last 1,500 (of a
+    small file a twentieth) are held out, and the first 100,000 of the others are trained on."""
     dest = base_dir() / "data" / "sft" / "tulu" / "tulu_v2_data.jsonl"
     path = download("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=config.patience)
     starts = tulu_rows(path)
@@ -293,8 +294,8 @@ def tulu(config, split):
 
 @functools.lru_cache(None)
 def tulu_rows(path):
-    """The byte at which each good row begins, shuffled with seed 42: the text stays on the disk.
-    Good are [system] user assistant ... with text, as for the public series: the last message may
+    """The offsets in bytes of the valid rows, shuffled with seed 42; the text stays on the disk.
+    Valid means [system] user assistant ... with text, as in the public series: the last message may
     be the user's, and messages may be empty."""
     starts, position, n = [], 0, 0
     with open(path, "rb") as f:
@@ -314,17 +315,17 @@ def tulu_rows(path):
 
 
 def own_conversations(config, split):
-    """One's own, in place of all sources above."""
+    """--conversations, instead of all sources above."""
     path = Path(config.conversations)
     if split == "val":
         path = path.with_name(f"{path.stem}_val{path.suffix}")
     if not path.is_file():
-        sys.exit(f"no file {path}: --conversations X.jsonl takes X.jsonl to learn from, and "
-                 "X_val.jsonl beside it to validate with")
+        sys.exit(f"no file {path}: --conversations X.jsonl trains on X.jsonl and validates on "
+                 "X_val.jsonl beside it")
     return json_lines(config, str(path))
 
 
-# ---- Made up here: spelling. Row i is drawn with seed SEED + i, so that nothing is stored --------
+# ---- Generated here: spelling. Row i is made from seed SEED + i, so that nothing is stored -------
 
 SEED = {"train": 0, "val": 10_000_000}
 
@@ -346,7 +347,7 @@ def word_list(config):
     """The words, and the sha256 of their file."""
     def check(data):
         only_words = re.fullmatch(rb"\s*[A-Za-z][A-Za-z\s]*", data)
-        return "" if only_words else "a word list has words of the letters a-z and nothing else"
+        return "" if only_words else "a word list consists of words of the letters a-z"
     data = plain_file(config, config.words, check)
     return data.decode().lower().split(), hashlib.sha256(data).hexdigest()
 
@@ -370,8 +371,8 @@ def spelling_bee(config, split):
 
 
 def count_letter(rng, words):
-    """A question about a random word and letter, and the answer: spelt, counted, and checked with
-    Python. The answer has no letter after a space, since " r" and "r" are different tokens."""
+    """A question about a random word and letter, and the answer: spelled, counted, and checked with
+    Python. No letter in the answer follows a space, because " r" and "r" are different tokens."""
     word = rng.choice(words)
     absent = [c for c in "abcdefghijklmnopqrstuvwxyz" if c not in word]
     letter = rng.choice(word) if rng.random() < 0.9 or not absent else rng.choice(absent)
@@ -419,8 +420,8 @@ INGREDIENTS = {
 
 
 class Mixture:
-    """Each row of each source as often as its epochs say, in an order shuffled with seed 42.
-    sources: [(name, epochs, Source)]."""
+    """All rows of all sources, repeated by their epochs and shuffled with seed 42. sources: [(name,
+    epochs, Source)]."""
 
     def __init__(self, sources):
         self.sources = sources
@@ -435,7 +436,7 @@ class Mixture:
         return len(self.row_of)
 
     def identity(self):
-        """{source: rows, epochs, hash}: what must be the same when a run is resumed."""
+        """{source: rows, epochs, hash}, which must be the same when a run is resumed."""
         return {name: f"{source.n_rows} rows x {epochs}, sha256 {source.sha256}"
                 for name, epochs, source in self.sources}
 
@@ -451,12 +452,12 @@ class Mixture:
         try:
             return render(enc, source.get(row))
         except (ValueError, LookupError, TypeError) as e:
-            sys.exit(f"row {row} of {name} is no conversation ({one_line(e)}): --skip {name} "
-                     "leaves it out")
+            sys.exit(f"row {row} of {name} is not a conversation ({one_line(e)}): --skip {name} "
+                     "leaves that source out")
 
 
 def source_names(config):
-    """The sources that this mixture takes."""
+    """The names of the sources in this mixture."""
     names = ["smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee"]
     if config.tag.endswith("_long"):
         names.append("tulu")
@@ -470,8 +471,8 @@ def source_names(config):
 
 
 def open_mixture(config, split):
-    """The Mixture of "train" or "val". Nothing is missing in silence: a source of another size than
-    published gives a notice; sources that cannot be downloaded end the program, with a line for
+    """The Mixture of "train" or "val". Nothing goes missing silently: a source that has another
+    size than published gets a notice; sources that cannot be downloaded end the program with a line
     each."""
     sources, lost = [], []
     for name in source_names(config):
@@ -504,8 +505,8 @@ def open_mixture(config, split):
 
 
 def write_questions(config, path):
-    """Held-out conversations for eval.py, in the form that was learnt: on each line {"source",
-    "messages"}. The file is empty where the mixture has no such source."""
+    """Held-out conversations for chat.py, formatted as in training: {"source", "messages"} on each
+    line. The file is empty if the mixture has no such source."""
     lines = []
     for name in source_names(config):
         if INGREDIENTS[name].n_questions:
@@ -516,7 +517,8 @@ def write_questions(config, path):
 
 
 def dry_run(config):
-    """Prints the mixture, and three conversations of each source: what is learnt in green."""
+    """Prints the mixture and three conversations of each source, with the trained tokens in
+    green."""
     enc = load_tokenizer(base_dir() / "tokenizer")
     mixtures = {split: open_mixture(config, split) for split in ("train", "val")}
     for split, mixture in mixtures.items():
@@ -524,34 +526,33 @@ def dry_run(config):
     for name, _, source in mixtures["train"].sources:
         for row in range(min(3, source.n_rows)):
             ids, mask = render(enc, source.get(row))
-            print(f"\033[1m{name}, row {row}: {len(ids):,} tokens, {sum(mask):,} learnt\033[0m")
+            print(f"\033[1m{name}, row {row}: {len(ids):,} tokens, {sum(mask):,} trained\033[0m")
             print(coloured(enc, ids[:400], mask), "...\n" if len(ids) > 400 else "\n")
 
 
 def coloured(enc, ids, mask):
-    """The text of ids for a terminal, in green where learnt, else grey."""
+    """The text of ids for a terminal: trained tokens in green, others in grey."""
     text = ""
-    for learnt, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
-        text += f"\033[{32 if learnt else 90}m{enc.decode([token for token, _ in run])}\033[0m"
+    for trained, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        text += f"\033[{32 if trained else 90}m{enc.decode([token for token, _ in run])}\033[0m"
     return text
 
 
 # ---- Rows: best-fit packing, whole conversations only -------------------------------------------
 
 class Packer:
-    """Rows of row_len = T + 1 tokens, from whole conversations, each of the mixture's used once.
+    """Packs whole conversations into rows of row_len = T + 1 tokens; uses each one once.
 
-    A buffer holds the next 100 conversations. A row takes the longest that fits (ties: the
-    earliest), again and again; when none fits, the rest of the row is padding. A conversation is
-    cut at T tokens, and skipped if none of these is learnt: that of one with a long question would
-    fill a row in vain. state() is small: it names the buffer's conversations, which are rendered
-    again."""
+    A buffer holds the next 100 conversations. A row takes the longest one that fits (ties: the
+    earliest), again and again; if none fits, the rest of the row is padding. A conversation is cut
+    at T tokens, and skipped if none of those is trained on (after a very long question). state() is
+    small: it lists the conversations in the buffer, which are rendered again."""
 
     def __init__(self, mixture, enc, row_len, state=None):
         self.mixture, self.enc, self.row_len = mixture, enc, row_len
         state = state or {"next": 0, "buffer": [], "rows": 0, "tokens": 0, "cut": 0, "skipped": 0}
         try:
-            self.next = state["next"]  # conversation to enter the buffer next
+            self.next = state["next"]  # the next conversation to enter the buffer
             self.rows, self.tokens = state["rows"], state["tokens"]
             self.cut, self.skipped = state["cut"], state["skipped"]
             self.buffer = [(i, *mixture.rendered(i, enc)) for i in state["buffer"]]  # ids, mask
@@ -559,17 +560,17 @@ class Packer:
             sys.exit(f"the loader's state does not fit the mixture ({one_line(e)})")
         self.fill()
         if not state["next"] and not self.buffer:
-            sys.exit(f"no conversation has a token to learn within {row_len - 1} tokens: use a "
+            sys.exit(f"no conversation has an answer within its first {row_len - 1} tokens: use a "
                      "larger --max-seq-len, or other conversations")
 
     def state(self):
-        """What is needed to resume from here; "used" counts the conversations that rows have."""
+        """What is needed to resume from here. "used": the number of conversations in rows."""
         return {"next": self.next, "buffer": [i for i, _, _ in self.buffer],
                 "used": self.next - len(self.buffer), "rows": self.rows, "tokens": self.tokens,
                 "cut": self.cut, "skipped": self.skipped}
 
     def fill(self):
-        """Brings the buffer to 100 conversations, while there are more."""
+        """Fills the buffer up to 100 conversations."""
         while len(self.buffer) < 100 and self.next < len(self.mixture):
             ids, mask = self.mixture.rendered(self.next, self.enc)
             if any(mask[:self.row_len - 1]):
@@ -579,7 +580,7 @@ class Packer:
             self.next += 1
 
     def next_row(self):
-        """ids and mask, two lists of up to row_len; empty when the conversations have run out."""
+        """ids and mask, two lists of up to row_len; empty if the conversations have run out."""
         ids, mask = [], []
         while True:
             self.fill()
@@ -596,8 +597,8 @@ class Packer:
         return ids, mask
 
     def batch(self, rows):
-        """int32 (2, rows, T): inputs, and targets that are -1 where nothing is to be learnt. Where
-        the conversations run out, the remaining rows are padding; None when nothing is left."""
+        """int32 (2, rows, T): inputs, and targets, which are -1 where there is no loss. If the
+        conversations run out, the remaining rows are padding; None if nothing is left."""
         T = self.row_len - 1
         inputs = np.full((rows, T), self.enc.encode_single_token("<|bos|>"), np.int32)
         targets = np.full((rows, T), -1, np.int32)
@@ -610,7 +611,7 @@ class Packer:
         return np.stack([inputs, targets])
 
     def filled(self, rows):
-        """The same without rows of padding only."""
+        """A batch without the rows that are only padding."""
         before, batch = self.rows, self.batch(rows)
         return None if batch is None else batch[:, :self.rows - before]
 
@@ -628,7 +629,7 @@ def chat_muon_momentum(step):
 
 
 def set_schedules(optimizer, step, done):
-    """Learning rates of all groups, momentum of Muon's. Returns lr_factor."""
+    """Sets the learning rates and Muon's momentum. Returns the factor of the learning rates."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * chat_lr_factor(done)
         if group["kind"] == "muon":
@@ -637,7 +638,7 @@ def set_schedules(optimizer, step, done):
 
 
 def check_files(cfg):
-    """One line and exit for a source or a file that will not do. Downloads nothing."""
+    """Exits if a source or a local file cannot be used. Downloads nothing."""
     names = source_names(cfg)
     if "conversations" in names:
         own_conversations(cfg, "train")
@@ -652,7 +653,7 @@ REFERENCE_LRS = ("embedding_lr", "unembedding_lr", "matrix_lr")
 
 
 def sample(model, enc, source, n=64):
-    """A question and the model's greedy answer to it: the first question of a Source."""
+    """The first question of a Source, and the model's greedy answer."""
     asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", source.get(0)))
     ids = [*render(enc, asked)[0], enc.encode_single_token("<|assistant_start|>")]
     end, answer = enc.encode_single_token("<|assistant_end|>"), []
@@ -666,7 +667,7 @@ def sample(model, enc, source, n=64):
 
 def find_base(cfg):
     """(folder, step, hash of the weights) of the model to fine-tune; (folder, None, None) if there
-    is none. Exits with one line if it will not do."""
+    is none. Exits if it cannot be used."""
     folder = folder_of("base", cfg.tag)
     step = finished_checkpoint(folder)
     if step is None:
@@ -674,14 +675,14 @@ def find_base(cfg):
     meta = read_meta(folder, step)
     missing = [lr for lr in REFERENCE_LRS if not has_kind(meta["user_config"].get(lr), float)]
     if missing:
-        sys.exit(f"{checkpoint_files(folder, step)['meta']} does not say the learning rates: add "
-                 f"user_config.{missing[0]} (pretrain.py --help tells the usual ones)")
+        sys.exit(f"{checkpoint_files(folder, step)['meta']} lacks learning rates: add "
+                 f"user_config.{missing[0]} (pretrain.py --help shows the usual values)")
     return folder, step, weights_hash(folder, step)
 
 
 def open_run(cfg, enc, env):
     """The Run, and folder and step of the base model. Exits without creating a folder if there is
-    neither a base model nor a checkpoint of fine-tuning."""
+    neither a base model nor a fine-tuning checkpoint."""
     found = find_base(cfg) if env.rank == 0 else None
     base, base_step, base_hash = from_rank_0(found, env)
     folder = folder_of("sft", cfg.tag)
@@ -696,8 +697,7 @@ def open_run(cfg, enc, env):
 
 
 def open_data(cfg, enc, run):
-    """On rank 0: the streams of the rows for training and for validation, and what the data are.
-    Elsewhere None."""
+    """On rank 0 (training stream, validation stream, identity of the data), elsewhere Nones."""
     if run.env.rank != 0:
         return None, None, None
     training, validation = open_mixture(cfg, "train"), open_mixture(cfg, "val")
@@ -726,9 +726,9 @@ def main():
     if run.meta.get("finished"):
         return run.say(f"{run.folder} is finished (step {run.step}), skipped")
 
-    # The model, with RoPE or without as the base is. The optimizer keeps what it remembers, its
-    # moments. Its learning rates start over: 0.8 x pretraining's reference values (without the
-    # factor sqrt(batch / 2^19) of pretraining). Muon's weight decay is 0 from here on.
+    # The model has RoPE if the base model has. The optimizer keeps its moments, but the learning
+    # rates start over at 0.8 x pretraining's reference values (without pretraining's factor
+    # sqrt(batch / 2^19)). Muon's weight decay is 0 from here on.
     meta = run.meta or read_meta(base, base_step)
     config = GPTConfig(**{**meta["model_config"], "sequence_len": cfg.max_seq_len})
     model = GPT(config, meta["loop_state"]["use_rope"], env.dtype).to(env.device)
@@ -772,14 +772,14 @@ def main():
         optimizer.zero_grad()
         run.end_of_step(loss, run.used / total, factor, conversations=run.used)
 
-    validate()                                              # all is saved by now
+    validate()                                              # the last checkpoint is saved by now
     if env.rank == 0:
         write_questions(cfg, run.folder / "questions.jsonl")
         position = run.position
         padding = 1 - position["tokens"] / (position["rows"] * (cfg.max_seq_len + 1))
         run.say(f"{total:,} conversations in {position['rows']:,} rows: {100 * padding:.2f}% of "
                 f"padding, {position['cut']:,} cut at the end of a row, {position['skipped']:,} "
-                "skipped, with no token to learn in a row")
+                "skipped because their question fills a row")
     run.finish()
 
 

@@ -2158,7 +2158,7 @@ def test_a_conversation_with_nothing_to_learn_in_a_row_is_skipped(tmp_path):
     assert (y != -1).sum() == 3 and packer.batch(1) is None
     state = packer.state()
     assert (state["used"], state["rows"], state["skipped"]) == (3, 1, 2)
-    with pytest.raises(SystemExit, match="no conversation has a token to learn within 4 tokens"):
+    with pytest.raises(SystemExit, match="no conversation has an answer within its first 4 tokens"):
         sft.Packer(mixture, enc, 5)
 
 
@@ -2322,7 +2322,7 @@ def test_a_validation_set_in_which_no_token_counts_is_refused(sft_half_way, refu
     base, files, args = sft_half_way
     shutil.rmtree(base / "chatsft_checkpoints")
     (files / "mine_val.jsonl").write_text(json.dumps(chat("q" * 500, "yo")))
-    refused(sft, args, ["no conversation has a token to learn within 128 tokens"], base)
+    refused(sft, args, ["no conversation has an answer within its first 128 tokens"], base)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -2848,7 +2848,7 @@ def test_a_conversation_stays_well_formed(bot, enc, monkeypatch, capsys):
     assert said(4) == head + "a<|assistant_end|>"           # not in the middle of a call
     assert said(7) == head + "b<|assistant_end|>"           # nor before its output has come
     assert len(conversation.turns) == 3 and capsys.readouterr().err == ""
-    while "its first 1 turns are forgotten" not in capsys.readouterr().err:
+    while "forgetting its first 1 turns" not in capsys.readouterr().err:
         said()
         assert len(conversation.turns) < 9
     with pytest.raises(ValueError, match="say it in fewer words"):
@@ -3840,8 +3840,8 @@ def test_a_bad_record_is_one_line_or_no_matter(own, run_here, name, content):
     ("sft --init-lr-frac nan", "--init-lr-frac nan"), ("sft --spelling 5", "unrecognized"),
     ("sft --tag x --check --skip mlu", "--skip mlu: the sources are"),
     ("sft --tag x --check --identity BAD", "BAD: line 2: it ends before an answer"),
-    ("sft --tag x --check --words BAD", "BAD: a word list has words of the letters a-z"),
-    ("sft --tag x --check --conversations .", "no file|--conversations X.jsonl takes X.jsonl"),
+    ("sft --tag x --check --words BAD", "BAD: a word list consists of words of the letters a-z"),
+    ("sft --tag x --check --conversations .", "no file|--conversations X.jsonl trains on X.jsonl"),
     ("eval", "which tag"), ("eval --quick t --sead 1", "unrecognized"),
     ("chat", "which model"), ("chat t --top-k 0", "--top-k 0"), ("chat a b", "which model"),
     ("pretrain --init no --tag x", "--init no: no model in"),

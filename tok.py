@@ -3,15 +3,14 @@
     python tok.py                      # 32,768 ids from the first 2 billion characters
     python tok.py --vocab-size 4096 --data-dir my/shards --out-dir my/tokenizer
 
-Takes  DATA_DIR/*.parquet with a string column `text` (`python pretrain.py --fetch 8` downloads the
-       first 8 of ClimbMix); the last file by name is the validation set and never read
-Gives  OUT_DIR/tokenizer.tiktoken: a token a line, base64 and rank, as tiktoken.load reads it
-       OUT_DIR/config.json: split pattern, special tokens, training data; written last
-Needs  some minutes and 4 GB of memory
+Reads DATA_DIR/*.parquet with a string column `text` (`python pretrain.py --fetch 8` downloads the
+first 8 shards of ClimbMix), except the last file by name, which is the validation set. Writes
+OUT_DIR/tokenizer.tiktoken (a token and its rank per line, as tiktoken.load reads it) and, last,
+OUT_DIR/config.json. Takes some minutes and 4 GB of memory.
 
-The text is cut into chunks, about words, and equal ones are counted. train_slowly then shows the
-algorithm, and train does the same fast; its tokens are those of rustbpe, one by one. Left out:
-encoding (tiktoken does that), more than 65,536 ids.
+The text is split into chunks, roughly words, and equal ones are counted. train_slowly() then shows
+the algorithm; train() does the same fast, and finds exactly the tokens of rustbpe. Left out:
+encoding (use tiktoken), more than 65,536 ids.
 """
 import argparse
 import base64
@@ -36,9 +35,9 @@ import pyarrow.parquet as pq
 import regex  # comes with tiktoken
 import tiktoken
 
-# GPT-4's split pattern, with digits in ones and twos. A chunk is: 's 'll ..., or letters with one
-# space or sign before them, or digits, or signs with the line ends after them, or white space up to
-# a line end, or other white space (but its last character goes with a word that follows)
+# GPT-4's split pattern, but with at most two digits. A chunk is: 's 'll ..., or letters after at
+# most one space or sign, or digits, or signs and the line ends after them, or white space up to a
+# line end, or other white space (whose last character goes with a following word)
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
            r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>",
@@ -48,17 +47,17 @@ FETCH = "`python pretrain.py --fetch 8`"
 
 # ---- Counting: text -> {chunk: how often} --------------------------------------------------------
 
-split = regex.compile(PATTERN).findall  # a text -> its chunks, which end to end are the text again
+split = regex.compile(PATTERN).findall  # text -> its chunks, which together are the text
 
 
 class Shards(NamedTuple):
-    """The files to read, the column of their text, and how many characters of each document."""
+    """The files to read, their text column, and how many characters of each document to use."""
     paths: list
     column: str
     doc_cap: int
 
     def row_groups(self):
-        """(path, index) of every row group, in order. ValueError names a file that has none, or
+        """(path, index) of every row group, in order. ValueError names a file that has no rows, or
         no column of strings."""
         for path in self.paths:
             try:
@@ -77,7 +76,8 @@ class Shards(NamedTuple):
                 yield path, group
 
     def documents(self, path, group):
-        """The documents of a row group, each cut at doc_cap characters. ValueError names it."""
+        """The documents of a row group, each cut at doc_cap characters. ValueError names a bad
+        file."""
         try:
             with pq.ParquetFile(path) as file:
                 texts = file.read_row_group(group, [self.column])[self.column].to_pylist()
@@ -88,7 +88,7 @@ class Shards(NamedTuple):
 
 def count_row_group(shards, path, group, max_chars):
     """-> {chunk: count}, characters and documents of a row group, up to the document that reaches
-    max_chars."""
+    max_chars characters."""
     counts, chars, docs = Counter(), 0, 0
     for text in shards.documents(path, group):
         counts.update(split(text))
@@ -108,12 +108,12 @@ def count_row_groups(shards, max_chars, workers):
     row_groups, waiting = shards.row_groups(), deque()
     try:
         while True:
-            # Workers start here, and inherit that Ctrl-C is ignored: the main process ends them
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # Workers start here, and inherit that Ctrl-C is blocked: the main process ends them
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             for path, group in islice(row_groups, 2 * workers - len(waiting)):
                 counted = pool.submit(count_row_group, shards, path, group, max_chars)
                 waiting.append((path, group, counted))
-            signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if not waiting:
                 return
             path, group, counted = waiting.popleft()
@@ -131,7 +131,7 @@ def count_chunks(shards, max_chars, workers):
                 n_shards += 1
                 print(f"counting {path.name}, {total_chars:,} characters before it", flush=True)
             left = max_chars - total_chars
-            if chars > left:  # the last one: again, only as far as needed
+            if chars > left:  # the last one: recount only as far as needed
                 counts, chars, docs = count_row_group(shards, path, group, left)
             total.update(counts)
             total_chars, total_docs = total_chars + chars, total_docs + docs
@@ -144,8 +144,8 @@ def count_chunks(shards, max_chars, workers):
 
 def train_slowly(counts, n_merges):
     """Byte pair encoding of {chunk: count} -> the tokens in the order of their ids: 256 bytes, then
-    n_merges merges (fewer if no pair is left). Each merges the most frequent pair of neighbours
-    into a new token; of equally frequent pairs, that with the smallest (left id, right id)."""
+    up to n_merges merges. Each merge joins the most frequent pair of adjacent tokens into a new
+    token (ties: the smallest (left id, right id))."""
     tokens = [bytes([i]) for i in range(256)]
     chunks = [(list(chunk.encode()), count) for chunk, count in counts.items()]
     while len(tokens) < 256 + n_merges:
@@ -157,7 +157,7 @@ def train_slowly(counts, n_merges):
             break
         _, left, right = min((-count, *pair) for pair, count in pairs.items())
         for ids, _ in chunks:
-            for i in range(len(ids)):  # from the left; ids gets shorter on the way
+            for i in range(len(ids)):  # from the left; ids shrinks on the way
                 if ids[i:i + 2] == [left, right]:
                     ids[i:i + 2] = [len(tokens)]
         tokens.append(tokens[left] + tokens[right])
@@ -168,19 +168,19 @@ GAP, DEAD = 255, 254  # as ids: the bytes 0xFF and 0xFE never occur in UTF-8
 
 
 def train(counts, n_merges):
-    """The same tokens, fast: 32,503 merges of 168 million characters take 3.5 s, train_slowly takes
-    2.6 s for each. Three reasons:
+    """The same tokens, fast: 32,503 merges in 168 million characters take 3.5 s, while train_slowly
+    takes 2.6 s for each one. Three ideas:
 
-    1. All chunks lie in one array, with a GAP around each, so that numpy merges all places of a
-       pair at once. A token stands at its first and its last byte, what is between is DEAD. So its
-       neighbours are found right beside it:
+    1. All chunks are in one array, with a GAP around each, so that numpy merges all occurrences of
+       a pair at once. A token is written at its first and its last byte, with DEAD in between. So
+       its neighbours are right beside it:
 
            GAP t h e GAP   -- t + h -->   GAP th th e GAP   -- th + e -->   GAP the DEAD the GAP
 
-    2. A merge looks only at the places of its pair. They are found when the newer of its tokens
-       appears; after that, a pair only loses places. So a count in the heap may be too high, never
-       too low. The top one is counted again: if it was right, no pair is more frequent.
-    3. Pairs rarer than a floor stay out of the heap. When it is empty, the floor sinks."""
+    2. A merge only looks at the places of its pair. They are found when the newer of its tokens is
+       created; later, a pair can only lose places. So counts in the heap may be too high, never too
+       low. The top one is counted again: if it was right, no pair is more frequent.
+    3. Pairs rarer than a floor stay out of the heap. When it is empty, the floor is lowered."""
     ids, weight = lay_out(counts)
     length = np.ones(256 + n_merges, np.int64)  # bytes of each token
     tokens = [bytes([i]) for i in range(256)]
@@ -209,7 +209,7 @@ def train(counts, n_merges):
 
 
 def lay_out(counts):
-    """-> the ids of all places (uint16), and for each how often its chunk was counted (int64)."""
+    """-> the ids of all places (uint16), and the count of the chunk at each place (int64)."""
     text = b"\xff" + b"".join([chunk.encode() + b"\xff" for chunk in counts])
     ids = np.frombuffer(text, np.uint8).astype(np.uint16)
     times = np.fromiter(counts.values(), np.int64, len(counts))
@@ -224,7 +224,7 @@ def first_places(ids, length):
 
 
 def find_pairs(ids, weight, length, at, floor):
-    """The pairs whose left token is at one of the places `at`, if their count is >= floor -> a list
+    """The pairs whose left token is at one of the places `at` and whose count is >= floor -> a list
     of (-count, left id, right id, places of the left token). `at` ascends for equal tokens, and so
     do the places."""
     left = ids[at]
@@ -235,26 +235,27 @@ def find_pairs(ids, weight, length, at, floor):
         return []
     at, left, right = at[order], left[order], right[order]
     differs = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
-    begins = np.concatenate(([0], np.flatnonzero(differs) + 1))  # where each pair begins
+    begins = np.concatenate(([0], np.flatnonzero(differs) + 1))  # start of each pair
     ends = np.append(begins[1:], len(at))
     sums = np.add.reduceat(weight[at], begins)
     frequent = np.flatnonzero(sums >= floor)
-    # copies, because views would keep all of `at` in memory
+    # Copies, because views would keep all of `at` in memory
     return [(-int(sums[i]), int(left[begins[i]]), int(right[begins[i]]),
              at[begins[i]:ends[i]].copy()) for i in frequent]
 
 
 def merge(ids, length, at, left, right, new):
-    """Writes `new` over the pair (left, right) at places `at` -> where its new pairs begin."""
+    """Writes `new` over the pair (left, right) at places `at` -> the places where new pairs
+    begin."""
     size = length[left]
-    if left == right:  # of a run a a a a take the 1st, 3rd, ...
+    if left == right:  # in a run a a a a, merge at the 1st, 3rd, ...
         run = np.flatnonzero(np.diff(at, prepend=at[0]) != size)  # where each run begins
         nth = np.arange(len(at)) - np.repeat(run, np.diff(run, append=len(at)))
         at = at[nth % 2 == 0]
     middle = at + size
     ids[middle - 1] = ids[middle] = DEAD
     ids[at] = ids[at + length[new] - 1] = new
-    # New pairs begin at each new token and at the token before it, if that is not a new one as well
+    # New pairs begin at each new token, and at the token before it unless that is new, too
     before = ids[at - 1]
     old = np.flatnonzero((before != GAP) & (before != new))
     return np.concatenate((at, at[old] - length[before[old]]))
@@ -263,18 +264,18 @@ def merge(ids, length, at, left, right, new):
 # ---- The command ---------------------------------------------------------------------------------
 
 def check(tokens, special, texts):
-    """Encodes texts with tiktoken and decodes them again -> bytes per token."""
+    """Encodes and decodes texts with tiktoken -> bytes per token."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     encoding = tiktoken.Encoding("tok", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens=special,
                                  explicit_n_vocab=len(tokens) + len(special))
     ids = encoding.encode_ordinary_batch(texts)
-    assert encoding.decode_batch(ids) == texts, "tiktoken does not give back what it encoded"
+    assert encoding.decode_batch(ids) == texts, "the round trip through tiktoken failed"
     return sum(len(text.encode()) for text in texts) / max(1, sum(map(len, ids)))
 
 
 def save(path, text):
-    """Writes a file that is complete before it takes its name."""
+    """Writes to a temporary file, then renames it."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as f:
@@ -319,7 +320,7 @@ def parse_args():
 
 
 def is_there(out, vocab_size):
-    """Whether a complete tokenizer of that size is in `out`. Ends if one of another size is."""
+    """Whether there is a complete tokenizer of that size. Exits if there is one of another size."""
     config = out / "config.json"
     if not (config.exists() and (out / "tokenizer.tiktoken").exists()):
         return False
@@ -341,14 +342,14 @@ def main():
     if is_there(out, args.vocab_size):
         print(f"tokenizer exists, skipped: {out} (remove that folder to train another)")
         return
-    paths = sorted(args.data_dir.glob("[!.]*.parquet"))[:-1]  # the last one is to validate with
+    paths = sorted(args.data_dir.glob("[!.]*.parquet"))[:-1]  # the last one is for validation
     if not paths:
         sys.exit(f"{args.data_dir} has fewer than 2 .parquet files (the last one by name is for "
-                 f"validation): put some there, or download some of ClimbMix with {FETCH}")
+                 f"validation): add some, or download some of ClimbMix with {FETCH}")
     shards = Shards(paths, args.text_column, args.doc_cap)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # better to fail now than after the training
+        tempfile.TemporaryFile(dir=out).close()  # better to fail now than after training
     except OSError as e:
         sys.exit(f"cannot write to {out} ({e.strerror}): choose another --out-dir")
 
@@ -357,13 +358,13 @@ def main():
         sample = shards.documents(paths[0], 0)[:100]
     except ValueError as e:
         sys.exit(f"cannot read a shard: {' '.join(str(e).split())}; replace or remove it "
-                 f"({FETCH} downloads what is missing of ClimbMix)")
+                 f"({FETCH} downloads missing shards of ClimbMix)")
     except BrokenProcessPool:
         sys.exit("a worker died, perhaps for lack of memory: try again with --workers 1")
     print(f"counted {chars:,} characters, {len(counts):,} distinct chunks "
           f"in {time.time() - start:.1f} s", flush=True)
     if chars < args.max_chars:
-        print(f"fewer than the {args.max_chars:,} characters asked for: training on what is there")
+        print(f"fewer than the {args.max_chars:,} characters asked for: training on all of them")
 
     counted = time.time()
     tokens = train(counts, n_merges)
@@ -378,8 +379,8 @@ def main():
               "shards": n_shards, "seconds": round(time.time() - start, 1)}
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # what is left takes milliseconds: all or nothing
-    for half in [out / "config.json", *out.glob(".*.part")]:  # of a tokenizer that was not finished
+        signal.signal(number, signal.SIG_IGN)  # the rest takes milliseconds
+    for half in [out / "config.json", *out.glob(".*.part")]:  # of an unfinished tokenizer
         half.unlink(missing_ok=True)
     save(out / "tokenizer.tiktoken", "".join(lines))
     save(out / "config.json", json.dumps(config, indent=2) + "\n")
@@ -392,7 +393,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except BrokenPipeError:  # `| head`: nobody reads on
+    except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
