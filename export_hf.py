@@ -43,16 +43,16 @@ class Config:
 
 # ---- The tokenizer: tiktoken's ranks as tokenizer.json -------------------------------------------
 
-# Text can spell a control token, and transformers would take it for one. So the chat template puts
-# GUARD between "<" and "|" of what a message holds, and tokenizer.json deletes it after it has
-# looked for control tokens. A message's own "<GUARD" becomes "<GUARDGUARD", so that just what was
-# put there is deleted. All of that is data: no tool has to run our code for it. (In text outside of
-# messages "<GUARD|" and "<GUARDGUARD" lose one GUARD. Unicode keeps both characters for programs.)
+# A user may write "<|bos|>", and transformers would take it for the control token. So the chat
+# template inserts GUARD between "<" and "|" in messages, and tokenizer.json deletes it after it has
+# searched for control tokens. A "<GUARD" in a message becomes "<GUARDGUARD", so that only what was
+# inserted is deleted. No tool has to run our code for this. (In text outside of messages, "<GUARD|"
+# and "<GUARDGUARD" lose one GUARD. Unicode reserves both characters for programs.)
 GUARD = "\ufdd0\ufdef"
 
 
 def byte_alphabet():
-    """GPT-2's way to write each of the 256 bytes as a printable character, in tokenizer.json."""
+    """The printable character for each of the 256 bytes in tokenizer.json, as in GPT-2."""
     ranges = ("!", "~"), ("\u00a1", "\u00ac"), ("\u00ae", "\u00ff")
     printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -60,10 +60,9 @@ def byte_alphabet():
 
 
 def tokenizer_json(enc):
-    """The text of tokenizer.json, equal to tiktoken's `enc` on any text, control tokens aside.
-
-    tiktoken joins the neighbours whose joint has the lowest rank, however it is divided; so every
-    division of a token into two tokens is a merge here."""
+    """The text of tokenizer.json, which encodes any text as tiktoken's `enc` does (control tokens
+    aside). tiktoken merges the neighbours whose union has the lowest rank, whichever they are; so
+    every split of a token into two tokens is a merge here."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     ranks, special, alphabet = enc._mergeable_ranks, enc._special_tokens, byte_alphabet()
@@ -84,7 +83,7 @@ def tokenizer_json(enc):
 
 
 def tokenizer_from_json(text, folder):
-    """The way back: tokenizer.json -> tok.py's two files, in `folder`."""
+    """The inverse: tokenizer.json -> the two files of tok.py, in `folder`."""
     data, alphabet = json.loads(text), byte_alphabet()
     pattern = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -104,8 +103,8 @@ def dump(obj):
 
 
 def configs(meta, use_rope, special, stop):
-    """config.json and tokenizer_config.json of a model. special: control token -> id. templates/
-    holds what all have in common (and some values of d18)."""
+    """config.json and tokenizer_config.json of a model. special: control token -> id. The files in
+    templates/ hold what all models have in common (and some values of d18)."""
     m, texts = GPTConfig(**meta["model_config"]), HERE / "templates"
     config = json.loads((texts / "config.json").read_text())
     config.update(
@@ -127,7 +126,7 @@ NAMES = {"transformer.wte": "model.embed_tokens", "transformer.h.": "model.layer
 
 
 def hf_weights(state, vocab_size):
-    """nanochat's names -> transformers', bfloat16; without the rows that pad the vocabulary."""
+    """Renames the weights for transformers, in bfloat16, without the padding of the vocabulary."""
     weights = {}
     for name, w in state.items():
         if name in ("transformer.wte.weight", "lm_head.weight"):
@@ -139,7 +138,7 @@ def hf_weights(state, vocab_size):
 
 
 def export_files(source):
-    """Name -> content of all files of an export, in bytes; the same whenever they are made."""
+    """{name: bytes} of all files of an export, always the same for a checkpoint."""
     from safetensors.torch import save
     enc, m = tokenizer_of(source.meta, base_dir()), source.meta["model_config"]
     use_rope, stop = source.meta["loop_state"]["use_rope"], STOP[source.stage]
@@ -176,8 +175,8 @@ def find_source(stage, tag):
 
 
 def settle(temp, dest, ours):
-    """Cleans up after an export, or after one that was killed. If it came to the new folder, that
-    gets the files that somebody else has put into the old one; if not, the old folder returns."""
+    """Cleans up after an export, even one that was killed. If there is a new folder, it gets the
+    files that others have put into the old one; if not, the old folder is put back."""
     old = temp / "old"
     if old.exists() and not dest.exists():
         os.rename(old, dest)
@@ -240,7 +239,7 @@ def card(kind, tag, user, sources):
 
 
 def gather(kind, tag, user, sources, folder):
-    """Makes `folder` what belongs into a repository: links to the model's files, and new ones."""
+    """Fills `folder` with the files of a repository: links to the model's files, and new files."""
     source = sources[kind.removeprefix("hf-")]
     atomic_write(folder / "README.md", card(kind, tag, user, sources) + "\n")
     if kind.startswith("hf-"):
@@ -259,8 +258,8 @@ def gather(kind, tag, user, sources, folder):
 
 
 def upload(repo, folder, private):
-    """Brings the files of a folder to a repository in one commit, which also deletes those of other
-    steps. What the hub has already is not sent again; what arrived is compared with its hashes."""
+    """Uploads a folder to a repository in one commit, which also deletes the files of other steps.
+    Files that the hub has already are not sent again. Compares the hub's hashes at the end."""
     api = huggingface_hub.HfApi()
     api.create_repo(repo, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo).private:
@@ -280,12 +279,12 @@ def hub_hashes(api, repo):
 
 
 def push(cfg, tag):
-    """Publishes a tag, or with --dry-run only lists the files. Returns whether it is finished."""
+    """Publishes a tag, or with --dry-run only lists its files. Returns whether it is finished."""
     kinds = [kind for kind in FOLDERS if cfg.stage in ("all", kind.removeprefix("hf-"))]
     sources = {stage: find_source(stage, tag) for stage in ("base", "sft")}
     lacks = [sources[kind].lacks for kind in kinds if kind in sources and sources[kind].lacks]
     if lacks and cfg.all:
-        print(f"{tag} is left out: {lacks[0]}")
+        print(f"skipping {tag}: {lacks[0]}")
     elif lacks:
         sys.exit(f"{lacks[0]}. Only finished models are published")
     for kind in [] if lacks else kinds:
@@ -305,8 +304,8 @@ def push(cfg, tag):
 # ---- The hub: pull -------------------------------------------------------------------------------
 
 def find_repo(user, tag, kind):
-    """(name, hub_hashes) of a repository of a tag, published under our name or under the public
-    nanochat repo's. The base of a _long tag may be there without the _long only."""
+    """(name, hub_hashes) of a repository of a tag, under our name or the public nanochat repo's.
+    The base of a _long tag may be published without the _long only."""
     def look(name):
         with contextlib.suppress(huggingface_hub.errors.RepositoryNotFoundError):
             return hub_hashes(huggingface_hub.HfApi(), name)
@@ -346,7 +345,7 @@ def pull(name):
 
 
 def pull_checkpoint(repo, hashes, folder, temp):
-    """Downloads what `folder` lacks of a repository's newest checkpoint."""
+    """Downloads those files of a repository's newest checkpoint that `folder` lacks."""
     steps = [int(name[5:-5]) for name in hashes if re.fullmatch(r"meta_\d{6,}\.json", name)]
     step = max(steps, default=0)
     files = checkpoint_files(folder, step)

@@ -1,15 +1,16 @@
 """The nanochat miniseries for Hugging Face transformers: configuration, model and tokenizer.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    repo = "out/hf_sft/TAG"                         # a folder of export_hf.py, or a name on the hub
+    repo = "out/hf_sft/TAG"                         # made by export_hf.py, or a name on the hub
     model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 
-The mathematics of model.py, with what transformers (5.0 to 5.24 were tried) adds: a key-value
-cache, padding, exchangeable kernels, and outputs for its trainers and generators. config.use_rope
-sets it apart.
-True: q and k are rotated by their positions (RoPE, arXiv:2104.09864). False: no positional
-embedding at all (DroPE, arXiv:2512.12167). Left out: dropout, biases, scaled RoPE, tied embeddings.
+The same model as in model.py, with what transformers (tried with 5.0, 5.20 and 5.24) needs: a
+key-value cache, padding, interchangeable kernels, and outputs for its trainers and generators.
+
+config.use_rope is the special thing about it. True: q and k are rotated by their positions (RoPE,
+arXiv:2104.09864). False: no positional embeddings at all (DroPE, arXiv:2512.12167). Left out:
+dropout, biases, scaled RoPE, tied embeddings.
 """
 import inspect
 
@@ -35,14 +36,14 @@ try:
 except ImportError:                                         # 5.0
     from transformers.utils.generic import check_model_inputs as capture_outputs
 
-# What the versions name differently: the arguments of the mask, and the cache (since 5.24)
+# The names of the cache and of the mask's arguments depend on the version
 MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
 CACHE = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 
 def takes_cache(forward):
-    """In 5.24 past_key_values is an old name for cache. Before, cache is what the kernels of
-    continuous batching are given, beside past_key_values."""
+    """Since 5.24 past_key_values is the deprecated name of cache. Before, `cache` was an argument
+    for the kernels of continuous batching, beside past_key_values."""
     if CACHE == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
     return forward
@@ -58,14 +59,14 @@ DEFAULTS = dict(                        # of d18, which was trained on 4096 toke
 
 
 class NanoChatConfig(PreTrainedConfig):
-    """What config.json holds: DEFAULTS and rope_parameters. hidden_act is "swiglu" (other exports
-    say "silu"): transformers 5 has a nanochat class of its own with another MLP, and the name makes
-    that class refuse our files instead of misreading them."""
+    """The contents of config.json: DEFAULTS and rope_parameters. hidden_act is "swiglu" (other
+    exports say "silu"), because transformers has its own nanochat class with another MLP, and the
+    name makes that class refuse our files instead of misreading them."""
 
     model_type = "nanochat"
     keys_to_ignore_at_inference = [CACHE]
-    rope_scaling = rope_theta = None    # as transformers 4 had it; here only to be refused
-    base_model_tp_plan = {              # how servers may split the matrices among processes
+    rope_scaling = rope_theta = None    # of transformers 4, only here to be refused
+    base_model_tp_plan = {              # how servers may shard the matrices
         "layers.*.self_attn.q_proj": "colwise", "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise", "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise",
@@ -81,30 +82,30 @@ class NanoChatConfig(PreTrainedConfig):
         super().__init__(tie_word_embeddings=own["tie_word_embeddings"], **kwargs)
 
     def refuse_what_is_not_computed(self):
-        """Asked by the model, as from_pretrained(name=value) sets values only after __init__."""
+        """Called by the model, because from_pretrained(name=value) sets values after __init__."""
         known = {"hidden_act": ("swiglu", "silu"), "tie_word_embeddings": (False,),
                  "use_rope": (True, False), "rope_scaling": (None,), "rope_theta": (None,)}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r}: this model knows only {values}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: this model only has {values}")
         rope = {"rope_type": "default", **(self.rope_parameters or {})}
         rope.pop("original_max_position_embeddings", None)      # some servers put it there
         if rope != {"rope_type": "default", "rope_theta": rope.get("rope_theta") or "missing"}:
-            raise ValueError(f"rope_parameters={rope}: this model knows only a plain rope_theta")
+            raise ValueError(f"rope_parameters={rope}: this model only has a plain rope_theta")
 
 
 # ---- The layers ----------------------------------------------------------------------------------
 # Shapes: B rows of T new tokens, S tokens with those in the cache, n_head heads of head_dim
 
 def norm(x, eps):
-    """RMSNorm without weights (arXiv:1910.07467). A function: servers exchange RMSNorm modules for
-    their own, which expect weights."""
+    """RMSNorm without weights (arXiv:1910.07467). It is a function, because servers replace RMSNorm
+    modules by their own, which expect weights."""
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 def rotary_tables(position_ids, config, dtype):
-    """position_ids (B, T) -> cos and sin of position x frequency, (B, 1, T, head_dim/2) each; in
-    each forward pass, in float32: transformers 5 would not load a buffer."""
+    """position_ids (B, T) -> cos and sin of position x frequency, (B, 1, T, head_dim/2) each.
+    Computed in every forward pass, in float32: transformers 5 would not load a buffer."""
     theta, head_dim = config.rope_parameters["rope_theta"], config.head_dim
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[:, None, :, None].float() * theta ** (-powers / head_dim)
@@ -112,9 +113,9 @@ def rotary_tables(position_ids, config, dtype):
 
 
 def logit_scale(position_ids, config):
-    """What the attention logits of each query are multiplied by, float32 (B, 1, T, 1): at position
-    n, from 1, max(1, 1 + c ln(n / n_train)). The more keys, the less of a softmax falls to the one
-    that matters; sharper logits make up for it. Up to n_train, the training length, it is 1."""
+    """The factor of each query's attention logits, float32 (B, 1, T, 1): at position n (from 1),
+    max(1, 1 + c ln(n / n_train)), which is 1 up to the training length n_train. The more tokens
+    compete in a softmax, the less the right one can get; sharper logits compensate for that."""
     n = position_ids[:, None, :, None].float() + 1
     scale = 1 + config.logn_scale * (n / config.original_max_position_embeddings).log()
     return scale.clamp(min=1)
@@ -122,14 +123,14 @@ def logit_scale(position_ids, config):
 
 def rotate(x, cos, sin):
     """Rotates each pair (x1[i], x2[i]) of x (B, n_head, T, head_dim), x1 and x2 being the halves of
-    head_dim. The released checkpoints turn this way, the transpose of the textbook's rotation."""
+    head_dim. The released checkpoints rotate in this direction, opposite to the textbook's."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, -x1 * sin + x2 * cos), dim=-1)
 
 
 def linear(n_in, n_out, init_std):
-    """nn.Linear without bias that knows how its fresh weights begin: uniform, with this std. 0 in
-    the last matrices of the residual branches, so that every layer begins as the identity."""
+    """nn.Linear without bias whose initial weights are uniform with this std: 0 in the last
+    matrices of the residual branches, so that every layer starts as the identity."""
     layer = nn.Linear(n_in, n_out, bias=False)
     layer.init_std = init_std
     return layer
@@ -143,7 +144,7 @@ class NanoChatAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         C, n_q, n_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.num_key_value_groups = config.head_dim, n_q // n_kv
-        self.scaling = self.head_dim ** -0.5                # an attribute: vLLM reads it there
+        self.scaling = self.head_dim ** -0.5                # vLLM reads this attribute
         self.q_proj = linear(C, n_q * self.head_dim, C ** -0.5)
         self.k_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
         self.v_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
@@ -159,10 +160,10 @@ class NanoChatAttention(nn.Module):
         q, k = norm(q, eps).to(v.dtype), norm(k, eps).to(v.dtype)       # QK-norm, arXiv:2302.05442
         if scale is not None:
             q = (q * scale).to(v.dtype)         # scales the logits, whatever the kernel
-        if past is not None:                    # the cache: this layer's T new ones in, all S out
+        if past is not None:                    # puts in this layer's T new tokens, gets all S
             more = kwargs if CACHE == "cache" else {"cache_position": cache_position}
             k, v = past.update(k, v, self.layer_idx, more)
-        # transformers looks in this file for ALL_ATTENTION_FUNCTIONS.get_interface(
+        # transformers searches this file for the text ALL_ATTENTION_FUNCTIONS.get_interface(
         attention = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -185,7 +186,7 @@ class NanoChatMLP(nn.Module):
 
 
 class NanoChatDecoderLayer(GradientCheckpointingLayer):
-    """x += attention(norm(x)); x += mlp(norm(x)). The base class recomputes it if asked to."""
+    """x += attention(norm(x)); x += mlp(norm(x)). The base class adds gradient checkpointing."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -201,20 +202,20 @@ class NanoChatDecoderLayer(GradientCheckpointingLayer):
 # ---- The model -----------------------------------------------------------------------------------
 
 class NanoChatPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the classes below, and how fresh weights begin."""
+    """What transformers needs to know about the classes below, and the initial weights."""
 
     config_class = NanoChatConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": NanoChatDecoderLayer, "attentions": NanoChatAttention}
-    _no_split_modules = ["NanoChatDecoderLayer"]        # device_map may cut between, not inside
+    _no_split_modules = ["NanoChatDecoderLayer"]        # device_map must not split these
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
-    _supports_attention_backend = True                  # kernels from outside (vLLM and others)
-    _can_compile_fullgraph = True                       # and so a static cache may be used
+    _supports_attention_backend = True                  # external kernels (vLLM and others)
+    _can_compile_fullgraph = True                       # allows static caches
 
     def _init_weights(self, module):
-        """As model.py, by nn.init: transformers makes that skip what a checkpoint has filled."""
+        """As in model.py. transformers makes nn.init skip weights that a checkpoint has filled."""
         if hasattr(module, "init_std"):
             bound = 3 ** 0.5 * module.init_std          # U(-a, a) has std a / sqrt(3)
             nn.init.uniform_(module.weight, -bound, bound)
@@ -235,13 +236,13 @@ class NanoChatModel(NanoChatPreTrainedModel):
         self.post_init()
 
     @takes_cache
-    @capture_outputs                        # (hidden_states and attentions, where asked for)
+    @capture_outputs                        # collects hidden_states and attentions on request
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
                 use_cache=None, **kwargs):
-        """input_ids (B, T), or inputs_embeds (B, T, C) -> last_hidden_state (B, T, C), normed.
-        attention_mask (B, S): 0 for padding, on either side. position_ids (B, T): needed only for
-        packed rows, where each document starts again at 0 and sees nothing before it. cache (before
-        transformers 5.24: past_key_values): keys and values of the S - T tokens before these."""
+        """input_ids (B, T) or inputs_embeds (B, T, C) -> last_hidden_state (B, T, C), normalized.
+        attention_mask (B, S): 0 for padding, on either side. position_ids (B, T): only needed for
+        packed rows, in which each document starts at 0 and sees nothing before it. cache (before
+        transformers 5.24: past_key_values): keys and values of the S - T previous tokens."""
         config, cache = self.config, kwargs.pop(CACHE, None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -249,7 +250,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            cache, use_cache = None, False          # a layer computed twice would fill it twice
+            cache, use_cache = None, False          # a recomputed layer would fill it twice
         position_ids, shared = self.place(x, attention_mask, position_ids, cache, kwargs)
         if use_cache and cache is None:             # not before: see place()
             cache = DynamicCache(config=config)
@@ -261,8 +262,9 @@ class NanoChatModel(NanoChatPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def place(self, x, attention_mask, position_ids, cache, kwargs):
-        """Where the new tokens x (B, T, C) are: position_ids, and what the layers want of it."""
-        T, cache_position = x.size(1), kwargs.pop("cache_position", None)   # of 5.0's generate()
+        """The position_ids of the new tokens x (B, T, C), and what the layers get: mask,
+        positions."""
+        T, cache_position = x.size(1), kwargs.pop("cache_position", None)   # from generate() in 5.0
         needed = position_ids is None or "cache_position" in MASK_ARGUMENTS
         if cache_position is None and needed:       # (a paged cache does not know its length)
             seen = cache.get_seq_length() if cache is not None else 0
@@ -273,7 +275,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
         shared = {"attention_mask": attention_mask, "position_ids": position_ids,
                   "cache_position": cache_position}
-        # Only where there is no cache yet are packed rows looked for, in position_ids
+        # create_causal_mask finds packed rows in position_ids, but only without a cache
         offered = {"config": self.config, "inputs_embeds": x, "input_embeds": x, CACHE: cache}
         wanted = {k: v for k, v in {**shared, **offered}.items() if k in MASK_ARGUMENTS}
         return position_ids, {**shared, "attention_mask": create_causal_mask(**wanted)}
@@ -292,9 +294,9 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
                 labels=None, logits_to_keep=0, **kwargs):
-        """NanoChatModel's arguments, and: labels (B, T), the input_ids with -100 where no loss is
-        wanted, unshifted; logits_to_keep: only the last so many positions (0: all), or a tensor of
-        positions. Logits are float32."""
+        """Arguments as in NanoChatModel, and: labels (B, T), input_ids with -100 for no loss, not
+        shifted; logits_to_keep: the last so many positions only (0: all), or a tensor of positions.
+        Logits are float32."""
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask,
                              position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -313,12 +315,12 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
 # ---- The tokenizer -------------------------------------------------------------------------------
 
 class NanoChatTokenizer(PreTrainedTokenizerFast):
-    """tokenizer.json with some conveniences; the model card says how to do without them."""
+    """tokenizer.json with some conveniences; the model card says how to do without."""
 
     def apply_chat_template(self, conversation, *args, return_dict=False, **kwargs):
-        """As in the base class; returns ids unless return_dict=True.
-        continue_final_message: transformers cuts the chat behind its last text, but only if it
-        finds that text in it. The template has changed "<|", so it appends the text as it was."""
+        """As in the base class, but returns ids unless return_dict=True.
+        continue_final_message: transformers cuts the chat after its last text, which it has to find
+        in it. Since the template changes "<|", it also appends the original text (`echo`)."""
         if kwargs.get("continue_final_message"):
             chats = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
             last = [chat[-1]["content"] for chat in chats]
@@ -326,14 +328,14 @@ class NanoChatTokenizer(PreTrainedTokenizerFast):
         return super().apply_chat_template(conversation, *args, return_dict=return_dict, **kwargs)
 
     def _without_bos(self, text):
-        """A text without the <|bos|> that it begins with; of a pair or of words, the first."""
+        """Removes a leading <|bos|> from a text, or from the first text of a pair or of words."""
         if isinstance(text, str):
             return text.removeprefix(self.bos_token)
         return type(text)([self._without_bos(text[0]), *text[1:]]) if text else text
 
     def _bos_once(self, texts, add, split_special_tokens=False, **kwargs):
-        """(texts, add_special_tokens) that give one <|bos|> to each text; a rendered chat brings
-        its own. Where only some do, they lose it and get it back; offsets then count after it."""
+        """(texts, add_special_tokens) that give each text one <|bos|>; a rendered chat has its own.
+        If only some texts have one, it is removed and added again (offsets then start after it)."""
         bare = [self._without_bos(text) for text in texts]
         begins = [a != b for a, b in zip(texts, bare)]
         if split_special_tokens or not (add and any(begins)):

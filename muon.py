@@ -4,11 +4,11 @@
                            dict(kind="adamw", params=[embedding, head], lr=0.003)])
     loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-The singular values of an update say how far it moves each direction of a matrix. In momentum they
-are far apart: after 150 steps of a 4-layer model of width 256, the ten largest of 256 held 46 to
-82% of the squared norm, and the median was 2 to 8% of the largest. So momentum alone learns a few
-directions and neglects the others. Muon (https://kellerjordan.github.io/posts/muon) sets all the
-singular values to about 1, and every direction moves equally far.
+The singular values of an update tell how far it moves each direction of a matrix. In plain momentum
+they differ widely: after 150 steps of a 4-layer model of width 256, the ten largest of 256 held 46
+to 82% of the squared norm, and the median was 2 to 8% of the largest. So momentum alone learns a
+few directions and neglects the rest. Muon (https://kellerjordan.github.io/posts/muon) sets all
+singular values to about 1, so that every direction moves equally far.
 
 Also here: the groups of model.py's GPT, and the schedules of pretraining. Left out: sharding of the
 optimizer's state (it is small).
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 # ---- Muon, for K matrices of one shape at a time -------------------------------------------------
 
-# (a, b, c) of each step of polar_express; made for five steps, with a safety factor of 2%
+# (a, b, c) of the five steps of polar_express, with a safety factor of 2%
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -34,8 +34,8 @@ def polar_express(G, dtype=torch.float32):
     """Orthogonalises each matrix of G (K, rows, cols): keeps its singular vectors, brings its
     singular values near 1. Matmuls only, in `dtype` (Polar Express, arXiv:2505.16932).
 
-    If X = U S V^T, then X X^T X = U S^3 V^T. So aX + b XX^TX + c XX^TXX^TX leaves U and V alone and
-    turns each singular value s into a s + b s^3 + c s^5. Small ones rise fast; all end near 1:
+    If X = U S V^T, then X X^T X = U S^3 V^T. So aX + b XX^TX + c XX^TXX^TX keeps U and V and maps
+    each singular value s to a s + b s^3 + c s^5. Small ones grow fast; all end near 1:
 
         start    step 1   step 2   step 3   step 4   step 5
         0.001     0.008    0.033    0.128    0.416    0.859
@@ -43,7 +43,7 @@ def polar_express(G, dtype=torch.float32):
         0.1       0.793    1.962    1.409    0.585    1.059
         1         1.552    0.276    1.018    1.355    0.859
 
-    Whatever starts between 0.001 and 1 ends between 0.85 and 1.15, which is near enough."""
+    Values that start between 0.001 and 1 end between 0.85 and 1.15, which is close enough."""
     X = G.to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)  # all singular values below 1
     tall = G.size(-2) > G.size(-1)
@@ -69,9 +69,9 @@ def orthogonalize_shared(G, dtype):
 
 
 def normuon(X, second_momentum, beta2):
-    """In an orthogonalised matrix some rows may still be much longer than others. So each row of
-    X (K, rows, cols) is divided by the root of its running mean square (each column where
-    cols > rows), and each matrix scaled back to its norm (NorMuon, arXiv:2510.05491). Updates
+    """Some rows of an orthogonalized matrix may still be much longer than others. So each row of X
+    (K, rows, cols), or each column if cols > rows, is divided by the root of its running mean
+    square, and each matrix is scaled back to its norm (NorMuon, arXiv:2510.05491). Updates
     second_momentum, (K, rows, 1) or (K, 1, cols). Returns float32."""
     X = X.float()
     dim = -1 if X.size(-2) >= X.size(-1) else -2
@@ -84,8 +84,8 @@ def normuon(X, second_momentum, beta2):
 
 
 def cautious_step(params, update, lr, weight_decay):
-    """params -= lr (update + weight_decay x params), in place. The decay is left out where update
-    and weight differ in sign, because there it would undo the update (arXiv:2510.12402)."""
+    """params -= lr (update + weight_decay x params), in place. Weights whose sign differs from the
+    update's do not decay, because that would undo the update (arXiv:2510.12402)."""
     decay = weight_decay * params * (update * params >= 0)
     params.sub_(lr * (update + decay))
 
@@ -117,7 +117,7 @@ EXAMPLES = ("a group is dict(kind='muon', params=matrices_of_one_shape, lr=0.02)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """A group has kind, params and lr. What else it may have (DEFAULTS says what holds without):
+    """A group has kind, params and lr. It may also have (see DEFAULTS):
 
     adamw: betas, eps, weight_decay. State of each parameter: step, exp_avg, exp_avg_sq.
     muon, for K float32 matrices of one shape: momentum, beta2 (of normuon), weight_decay, and
@@ -131,7 +131,7 @@ class MuonAdamW(torch.optim.Optimizer):
     averaged. Sharded parameters (FSDP) are refused: a shard of a matrix has other singular values.
     ValueError: no kind, no lr, or a muon group of anything but float32 matrices of one shape."""
 
-    # These two belong to the class, since a copied or unpickled optimizer has none of its own
+    # Class attributes, because a copied or unpickled optimizer has none of its own
     compiled = False
     update_matrices = staticmethod(update_matrices)
 
@@ -199,7 +199,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weights = torch.stack(params)  # (K, rows, cols)
         grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
-        # Unused matrices go along, so that the batch keeps its shape, and are put back afterwards
+        # Unused matrices take part, so that the batch keeps its shape, and are restored afterwards
         changing = [weights, state["momentum_buffer"], state["second_momentum_buffer"]]
         before = [tensor[unused] for tensor in changing] if unused else []
         # A tall orthogonal matrix has columns of length 1, but rows of sqrt(cols / rows)
@@ -215,8 +215,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02,
                     weight_decay=0.0, compile=False):
-    """The groups of model.py's GPT: head, embedding, then the block matrices by shape. The learning
-    rates of head and embedding are for width 768 and scale with (width/768)^-0.5."""
+    """The optimizer of model.py's GPT, with groups for head, embedding, and the block matrices by
+    shape. The learning rates of head and embedding hold for width 768 and scale with
+    (width/768)^-0.5."""
     scale = (model.config.n_embd / 768) ** -0.5
     groups = [dict(kind="adamw", params=[model.lm_head.weight], lr=unembedding_lr * scale,
                    betas=(0.8, 0.96), weight_decay=0.01),
@@ -235,13 +236,13 @@ WARMUP, FINAL_LR = 40, 0.05
 
 
 def warmdown_start(steps):
-    """The step at which the learning rate begins to fall: 35% of the run."""
+    """The step from which the learning rate falls: 35% of the run."""
     return steps - round(0.65 * steps)
 
 
 def lr_factor(step, steps):
-    """(step+1)/40 during the first 40 steps, then 1, then linear to 5%, which step `steps` would
-    reach. At 25, 50 and 75% of a long run: 1.00, 0.78, 0.42."""
+    """(step + 1)/40 in the first 40 steps, then 1, then linear to 5% at step `steps`. After 25, 50
+    and 75% of a long run: 1.00, 0.78, 0.42."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     start = warmdown_start(steps)
@@ -252,7 +253,7 @@ def lr_factor(step, steps):
 
 def muon_momentum(step, steps):
     """0.85 -> 0.97 over the first 400 steps, then constant, then 0.97 -> 0.90 over the warm-down.
-    Where the first and the last overlap, in a short run, the first holds."""
+    If these overlap in a short run, the first wins."""
     if step < 400:
         return 0.85 + (0.97 - 0.85) * step / 400
     start = warmdown_start(steps)

@@ -9,27 +9,25 @@
 #SBATCH --open-mode=append
 #SBATCH --output=nanochat-%j.log
 #
-# The whole series, stage after stage. What is finished is skipped; what was interrupted resumes.
+# The whole series, stage by stage. Finished stages are skipped; interrupted ones resume.
 #
 #   bash run_all.sh                         all stages at a tiny size: minutes on a laptop, no GPU
 #   bash run_all.sh d18 9 50 [long]         one model: depth, tokens per parameter, percent of the
-#                                           steps with RoPE (leave it out: RoPE stays)
-#   bash run_all.sh d18_9tpp_drope_50_long  the same by its tag
+#                                           steps with RoPE (without it, RoPE stays)
+#   bash run_all.sh d18_9tpp_drope_50_long  the same model, by its tag
 #   bash run_all.sh release                 the 20 tags below, or those in TAGS="d12_9tpp d12_20tpp"
 #   bash run_all.sh ... --dry-run [SPEED]   only the plan; SPEED: tokens/s for d18
-#   bash run_all.sh status                  the models that are there, and how far each is
+#   bash run_all.sh status                  which models exist, and how far each is
 #   bash run_all.sh chat TAG                talk to a finished model
-#   bash run_all.sh demo [options]          does dropping RoPE help? A toy answers (demo.py)
+#   bash run_all.sh demo [options]          does dropping RoPE help? A toy experiment (demo.py)
 #   bash run_all.sh test [pytest options]   the tests
 #   sbatch run_all.sh d18 9 50              any of these under Slurm (--nodes 2: on two machines)
 #
-# Environment: NANOCHAT_BASE_DIR, the folder of all artifacts (out). GPUS, the training processes on
-# a machine (1, or what Slurm gave). TOK, PRETRAIN, SFT, EVAL, CHAT: more options for the stages of
-# a tag, as in PRETRAIN="--device-batch-size 8" SFT="--skip identity --words 'my words.txt'". On
-# your own text: PRETRAIN="--dataset local --data-dir my/shards". On two machines without Slurm, in
-# a folder that they share: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash run_all.sh ...
-#
-# VENV=no: the environment that is active (a container's torch) instead of .venv.
+# Environment variables: NANOCHAT_BASE_DIR, the folder of all artifacts (out). GPUS, training
+# processes per machine (1, or what Slurm allocated). TOK, PRETRAIN, SFT, EVAL, CHAT: options for
+# the stages, as in PRETRAIN="--device-batch-size 8" SFT="--skip identity --words 'my words.txt'".
+# VENV=no: use the active environment (a container's torch) instead of .venv. On two machines
+# without Slurm, in a shared folder: NODES=2 HEAD=first-machine:29500 NODE_RANK=0 (and 1) bash ...
 #
 # Needs Python 3.10 with venv, or uv; for a GPU driver 580, a C compiler and Python.h. d18 at 9
 # tokens per parameter takes 30 GB and 4.8 hours of pretraining (on an H100 in bfloat16, modelled at
@@ -37,7 +35,7 @@
 set -eo pipefail        # without -u, for which old versions of bash take an empty array
 
 # A _long tag fine-tunes the base model of the tag without _long. A drope tag branches off the run
-# with RoPE of its depth and tokens per parameter, where that came before.
+# with RoPE of the same depth and tokens per parameter, if that came before.
 TAGS="${TAGS:-
 d18_9tpp   d18_9tpp_drope_25  d18_9tpp_drope_50   d18_9tpp_drope_75
 d18_20tpp  d18_20tpp_long     d18_20tpp_drope_50  d18_20tpp_drope_50_long
@@ -68,8 +66,8 @@ if [ "$NODES" != 1 ] && [ -z "${SLURM_JOB_NODELIST:-}" ]; then
         die "NODES=$NODES: give HEAD=host:port, of the first machine, and NODE_RANK, 0 on the first"
 fi
 export NANOCHAT_BASE_DIR="$BASE"
-export OMP_WAIT_POLICY=PASSIVE  # threads that wait must not spin where others use the machine, too
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170       # seconds for saving, until torchrun kills
+export OMP_WAIT_POLICY=PASSIVE  # waiting threads must not spin on a shared machine
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170       # seconds for saving, before torchrun kills
 ALLOC="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"        # less memory lost in gaps
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-$ALLOC}"
 
@@ -87,7 +85,7 @@ tag_of() {
     echo "$tag"
 }
 
-# .venv with the packages, made once; VENV=no takes the environment that is active
+# Creates .venv with the packages; VENV=no: only checks the active environment
 setup() {
     local wanted names missing
     if [ "${VENV:-}" = no ]; then
@@ -101,7 +99,7 @@ print(*[name for name in sys.argv[1:] if not util.find_spec(name)])' $names)" ||
     wanted="$(cat requirements.txt requirements-dev.txt)"
     PATH="$PWD/.venv/bin:$PATH"
     if has_gpu && [ -e .venv/cpu ]; then
-        echo "removing .venv: it was made on a machine without a GPU, with torch's CPU build"
+        echo "removing .venv: it has torch's CPU build, made on a machine without a GPU"
         rm -rf .venv
     fi
     if [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
@@ -114,7 +112,7 @@ print(*[name for name in sys.argv[1:] if not util.find_spec(name)])' $names)" ||
     else
         .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
     fi
-    # Not where Slurm is: there the machine that installs is not the one that trains
+    # Not with Slurm, where the machine that installs is not the one that trains
     if ! has_gpu && [ "$(uname)" != Darwin ] && ! command -v sbatch >/dev/null; then
         cpu_torch && touch .venv/cpu || echo "no CPU build of torch: installing the default one"
     fi
@@ -132,7 +130,7 @@ install() {
     fi
 }
 
-# torch's CPU build, which spares gigabytes of CUDA, if its index answers at once
+# torch's CPU build, which saves gigabytes of CUDA, if its index answers at once
 cpu_torch() {
     local index=https://download.pytorch.org/whl/cpu patience=(--timeout 5 --retries 0)
     ! command -v uv >/dev/null || patience=()
@@ -141,7 +139,7 @@ cpu_torch() {
 }
 
 make_venv() {
-    rm -rf .venv                # one without pip was left half-made
+    rm -rf .venv                # one without pip is incomplete
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
        ! python3 -m venv .venv >/dev/null; then
         rm -rf .venv
@@ -151,9 +149,9 @@ make_venv() {
 
 # ---- One stage -----------------------------------------------------------------------------------
 
-# A request to stop is passed on: the stage saves and ends (with 75, or as torchrun ends), and so
-# does the driver. Before the time limit Slurm sends USR1, and the job goes back into the queue;
-# after a preemption Slurm itself puts it there. A second Ctrl-C stops at once.
+# Signals are passed on to the stage, which saves and ends (with 75, or as torchrun ends); then the
+# driver ends, too. Before the time limit Slurm sends USR1, and the job is requeued; after a
+# preemption Slurm requeues it itself. A second Ctrl-C stops at once.
 CHILD="" LAUNCHER="" STOPPED="" TIMES=""
 trap 'forward USR1 TERM' USR1
 trap 'forward TERM TERM' TERM HUP
@@ -172,7 +170,7 @@ stage() {
     echo "+ NANOCHAT_BASE_DIR=$BASE $*"
     [ -z "$DRY" ] || return 0
     if [ -z "$STOPPED" ]; then
-        set -m                  # a process group of its own: Ctrl-C reaches it through forward
+        set -m                  # its own process group: Ctrl-C reaches it through forward
         "$@" & CHILD=$! LAUNCHER="$1"
         set +m
         [ -z "$STOPPED" ] || forward "$STOPPED" TERM
@@ -194,7 +192,7 @@ stage() {
     TIMES="$TIMES  $2 $((SECONDS - start)) s"
 }
 
-# A stage that is the work of one process
+# Runs a stage with one process
 alone() { [ "$NODE_RANK" != 0 ] || stage python "$@"; }
 
 # The address from which this machine reaches another
@@ -203,8 +201,8 @@ probe = socket.socket(type=socket.SOCK_DGRAM)
 probe.connect((sys.argv[1], 9))         # sends nothing
 print(probe.getsockname()[0])'
 
-# A stage that is the work of all processes; torchrun brings those of several machines together.
-# The first machine has other stages to do, for which the others wait up to an hour.
+# Runs a stage with all processes; torchrun connects those of several machines. While the first
+# machine does other stages, the others wait for it, for up to an hour.
 train() {
     local torchrun="torchrun --nnodes $NODES --nproc-per-node $GPUS"
     local meet="--rdzv-backend c10d --rdzv-id nanochat --rdzv-endpoint"
@@ -224,7 +222,7 @@ train() {
     fi
 }
 
-# ---- The way of the tags -------------------------------------------------------------------------
+# ---- All stages of a tag -------------------------------------------------------------------------
 
 plan() {
     local vocab='--vocab-size[= ]([0-9]+)'
@@ -233,14 +231,14 @@ plan() {
 }
 
 all_stages() {
-    local tag i shards=()       # the options of PRETRAIN that say which text the tokenizer reads
+    local tag i shards=()       # the options of PRETRAIN that tok.py needs, too
     for i in "${!PRETRAIN[@]}"; do
         case "${PRETRAIN[i]}" in
             --data-dir|--text-column) shards+=("${PRETRAIN[i]}" "${PRETRAIN[i+1]}");;
             --data-dir=*|--text-column=*) shards+=("${PRETRAIN[i]}");;
         esac
     done
-    if [ "$NODE_RANK" = 0 ]; then       # all options are checked before anything trains
+    if [ "$NODE_RANK" = 0 ]; then       # check all options before training anything
         python tok.py "${shards[@]}" "${TOK[@]}" --check
         python sft.py "${SFT[@]}" --tag "$1" --check
         python eval.py "${EVAL[@]}" "$1" --check
@@ -265,7 +263,7 @@ all_stages() {
 # ---- The tiny size -------------------------------------------------------------------------------
 
 tiny() {
-    BASE="$BASE/tiny"           # apart from the real tokenizer
+    BASE="$BASE/tiny"           # separate from the real tokenizer
     export NANOCHAT_BASE_DIR="$BASE"
     local start=$SECONDS data="$BASE/data/demo" tag=d2_3tpp_drope_50
     local sizes="--max-seq-len 256 --total-batch-size 4096 --eval-every 100 --eval-tokens 32768"
@@ -288,7 +286,7 @@ tiny() {
     echo "wall time:$TIMES  all $((SECONDS - start)) s; artifacts are in $BASE/"
 }
 
-# ---- What was asked for --------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 main() {
     local tags
@@ -322,4 +320,4 @@ main() {
     fi
 }
 
-main "$@"; exit         # on one line: bash has read the whole file by now, so it may be edited
+main "$@"; exit         # on one line: bash has read the whole file by now, so you may edit it
