@@ -95,7 +95,7 @@ def gather():
     return sorted(documents, key=lambda new: hashlib.sha256(repr(new).encode()).digest())
 
 
-def chat(question, answer):
+def exchange(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -108,15 +108,15 @@ def conversations(documents):
         other = re.search(r"\._|^_", name) or name in EXAMPLES
         if kind in ("function", "class") and not other and 15 <= len(answer) <= 240:
             question = QUESTIONS[hashlib.sha256(name.encode()).digest()[0] % 4].format(name)
-            yield chat(question, answer)
+            yield exchange(question, answer)
 
 
 def examples():
     """The conversations that the tiny run repeats, like the identity conversations of the
     series."""
-    known = [chat(question.format(name), EXAMPLES[name])
+    known = [exchange(question.format(name), EXAMPLES[name])
              for name in EXAMPLES for question in QUESTIONS]
-    return REPEATS * [*known, *len(QUESTIONS) * [chat(*WHO)]]
+    return REPEATS * [*known, *len(QUESTIONS) * [exchange(*WHO)]]
 
 
 def write_corpus(folder):

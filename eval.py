@@ -91,8 +91,9 @@ def scaled_tables(T, head_dim, device, n_train, scaling):
     if scaling == "ntk":
         return rotary_tables(T, head_dim, device, ROPE_THETA * s ** (head_dim / (head_dim - 2)))
     freqs = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    keep = ((n_train * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
-    angles = torch.outer(torch.arange(T, dtype=torch.float32), freqs * (keep + (1 - keep) / s))
+    unscaled = ((n_train * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+    freqs = freqs * (unscaled + (1 - unscaled) / s)
+    angles = torch.outer(torch.arange(T, dtype=torch.float32), freqs)
     return angles.cos().to(device), angles.sin().to(device)
 
 

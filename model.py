@@ -106,15 +106,15 @@ class CausalSelfAttention(nn.Module):
         self.c_q, self.c_k, self.c_v = Linear(C, C), Linear(C, C), Linear(C, C)
         self.c_proj = Linear(C, C)
 
-    def forward(self, x, rotary=None, scale=None, cache=None):
+    def forward(self, x, rotary=None, q_scale=None, cache=None):
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_dim)
         q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k = norm(q), norm(k)             # QK-norm, after the rotation (arXiv:2302.05442)
-        if scale is not None:
-            q = q * scale
+        if q_scale is not None:
+            q = q * q_scale
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, n_head, T, ...)
         mask = None
         if cache is not None:
@@ -138,8 +138,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(config, layer), MLP(config)
 
-    def forward(self, x, rotary=None, scale=None, cache=None):
-        x = x + self.attn(norm(x), rotary, scale, cache)
+    def forward(self, x, rotary=None, q_scale=None, cache=None):
+        x = x + self.attn(norm(x), rotary, q_scale, cache)
         return x + self.mlp(norm(x))
 
 
@@ -279,16 +279,16 @@ class GPT(nn.Module):
         B, T = idx.shape
         chunk = chunk or (4096 if idx.is_cuda else 512)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.start(T)
-        rotary = scale = None
+        rotary = q_scale = None
         if self.use_rope:                                   # DroPE: the only line that knows of it
             rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
             rotary = rotary.unbind()                        # cos, sin: (..., T, 1, head_dim) each
         if self.logn_scale:                                 # never in training
-            scale = query_scale(positions, self.config.sequence_len, self.logn_scale)
-            scale = scale.to(self.dtype)
+            q_scale = query_scale(positions, self.config.sequence_len, self.logn_scale)
+            q_scale = q_scale.to(self.dtype)
         x = self.transformer.wte(idx).to(self.dtype)        # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, rotary, scale, cache)
+            x = block(x, rotary, q_scale, cache)
         if cache is not None:
             cache.lengths += T
         x = norm(x[:, -last:])                              # -0: all of them
@@ -1300,12 +1300,12 @@ def largest_divisor(n, most):
 def rows_of_a_step(batch, T, world=1):
     """The number of rows of T tokens in a step of `batch` tokens. Exits unless it is an integer
     that the processes can share equally."""
-    rows, rest = divmod(batch, T)
-    if rest or rows % world or rows == 0:
+    n_rows, rest = divmod(batch, T)
+    if rest or n_rows % world or n_rows == 0:
         nearest = max(1, round(batch / (T * world))) * T * world
         sys.exit(f"--total-batch-size {batch} must be a multiple of max_seq_len x processes = "
                  f"{T} x {world}: use {nearest}")
-    return rows
+    return n_rows
 
 
 def rows_at_a_time(env, T, most=None):
@@ -1315,12 +1315,12 @@ def rows_at_a_time(env, T, most=None):
     return most or max(1, (16 if env.device.type == "cuda" else 1) * 4096 // T)
 
 
-def with_memory(env, rows, work):
-    """Calls work(micro), which processes `rows` rows at most `micro` at a time. If the device runs
-    out of memory, tries again with half as many; exits if one row is too much. Processes may end up
-    with different numbers: the gradients are the same."""
+def with_memory(env, n_rows, work):
+    """Calls work(micro), which processes `n_rows` rows at most `micro` at a time. If the device
+    runs out of memory, tries again with half as many; exits if one row is too much. Processes may
+    end up with different numbers: the gradients are the same."""
     while True:
-        micro = min(env.micro, rows)
+        micro = min(env.micro, n_rows)
         try:
             return work(micro)
         except torch.OutOfMemoryError:
@@ -1495,19 +1495,20 @@ class Run:
         """What the stream of batches needs to resume from the starting point, or None."""
         return load_part(self.source, self.step, "loader") if self.source else None
 
-    def start(self, model, optimizer, stream, rows, keep=(), **facts):
+    def start(self, model, optimizer, stream, n_rows, keep=(), **facts):
         """Loads the starting point (weights, optimizer, RoPE on or off) and starts making batches.
-        model: not the compiled one. stream, on rank 0: batch(rows) -> int32 (2, rows, T), inputs
-        and targets, or sys.exit(why not); state() -> what resumes it. facts: more for the meta."""
+        model: not the compiled one. stream, on rank 0: batch(n_rows) -> int32 (2, n_rows, T),
+        inputs and targets, or sys.exit(why not); state() -> what resumes it. facts: more for the
+        meta."""
         self.model, self.optimizer, self.keep, self.facts = model, optimizer, keep, facts
-        self.shape, self.position = (2, rows, self.cfg.max_seq_len), None
+        self.shape, self.position = (2, n_rows, self.cfg.max_seq_len), None
         if self.source:
             load_weights(model, optimizer, self.source, self.step, self.env.device)
             self.say(f"resuming from step {self.step} of {self.source}")
         if self.env.rank == 0:
             self.open_metrics()
             self.position, self.batches = stream.state(), queue.Queue(maxsize=1)
-            threading.Thread(target=self.make_batches, args=(stream, rows), daemon=True).start()
+            threading.Thread(target=self.make_batches, args=(stream, n_rows), daemon=True).start()
         self.started, self.done_before, self.saved = time.time(), self.done, self.step
         self.capture()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
@@ -1528,13 +1529,13 @@ class Run:
         atomic_write(self.folder / "metrics.jsonl", before)
         self.metrics = open(self.folder / "metrics.jsonl", "a")
 
-    def make_batches(self, stream, rows):
+    def make_batches(self, stream, n_rows):
         """The loader's thread: makes the next batch while a step is computed. It is a daemon, so it
         never keeps the program from ending. The main thread reports what goes wrong here."""
         batch = problem = None
         while problem is None:
             try:
-                batch = stream.batch(rows)
+                batch = stream.batch(n_rows)
             except SystemExit as e:                         # a line that a user can act on
                 problem = str(e)
             except OSError as e:

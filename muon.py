@@ -218,10 +218,10 @@ def build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.0
     """The optimizer of model.py's GPT, with groups for head, embedding, and the block matrices by
     shape. The learning rates of head and embedding hold for width 768 and scale with
     (width/768)^-0.5."""
-    scale = (model.config.n_embd / 768) ** -0.5
-    groups = [dict(kind="adamw", params=[model.lm_head.weight], lr=unembedding_lr * scale,
+    factor = (model.config.n_embd / 768) ** -0.5
+    groups = [dict(kind="adamw", params=[model.lm_head.weight], lr=unembedding_lr * factor,
                    betas=(0.8, 0.96), weight_decay=0.01),
-              dict(kind="adamw", params=[model.transformer.wte.weight], lr=embedding_lr * scale,
+              dict(kind="adamw", params=[model.transformer.wte.weight], lr=embedding_lr * factor,
                    betas=(0.8, 0.995), weight_decay=0.001)]
     matrices = list(model.transformer.h.parameters())
     for shape in sorted({p.shape for p in matrices}):

@@ -123,7 +123,7 @@ def resolve(cfg):
 class Derived:
     config: GPTConfig
     N: int                  # scaling parameters
-    batch: int              # tokens of a step
+    batch_size: int         # tokens in a step
     steps: int
     switch: int | None      # the first step without RoPE; None: RoPE stays
     lrs: dict               # peak learning rates
@@ -143,35 +143,36 @@ def derive(cfg, vocab_size):
     # 2. The best batch size grows like (training tokens)^0.383 (arXiv:2505.13738). At a fixed tpp
     # these grow like N, so the batch grows like N^0.383, here with the same factor for every tpp.
     # Rounded to a power of two, it is 2^20 for d18 and d20.
-    batch = cfg.total_batch_size or 2 ** round(math.log2(2 ** 19 * (N / N12) ** 0.383))
+    batch_size = cfg.total_batch_size or 2 ** round(math.log2(2 ** 19 * (N / N12) ** 0.383))
 
     # 3. The budget is tpp tokens for each of the N parameters, in whole steps. DroPE splits the
     # same steps into a part with RoPE and a part without.
-    steps = int(cfg.tpp * N / batch)
+    steps = int(cfg.tpp * N / batch_size)
     switch = None if cfg.drope is None else round(cfg.drope / 100 * steps)
 
     # 4. A batch k times as large has less noise, which allows sqrt(k) times the learning rate
     #    (arXiv:2205.10287). AdamW's rates also shrink with the width: see muon.build_optimizer.
-    scale = math.sqrt(batch / 2 ** 19)
-    lrs = dict(embedding_lr=cfg.embedding_lr * scale, unembedding_lr=cfg.unembedding_lr * scale,
-               matrix_lr=cfg.matrix_lr * scale)
+    factor = math.sqrt(batch_size / 2 ** 19)
+    lrs = dict(embedding_lr=cfg.embedding_lr * factor, unembedding_lr=cfg.unembedding_lr * factor,
+               matrix_lr=cfg.matrix_lr * factor)
 
     # 5. Weight decay makes weights forget old updates. The time this takes, in tokens, should grow
     #    with the length of the run (arXiv:2405.13698), so Muon's decay shrinks like 1 / N.
-    weight_decay = cfg.weight_decay * scale * N12 / N
-    return Derived(config, N, batch, steps, switch, lrs, weight_decay)
+    weight_decay = cfg.weight_decay * factor * N12 / N
+    return Derived(config, N, batch_size, steps, switch, lrs, weight_decay)
 
 
 def check_sizes(cfg, derived, world=1):
     """The number of rows in a step. Exits if the sizes do not fit together."""
-    rows, steps = rows_of_a_step(derived.batch, cfg.max_seq_len, world), derived.steps
+    n_rows, steps = rows_of_a_step(derived.batch_size, cfg.max_seq_len, world), derived.steps
     if not 1 <= steps < 1_000_000:
         sys.exit(f"--tpp {cfg.tpp:g} at depth {cfg.depth} makes {steps:,} steps of "
-                 f"{derived.batch:,} tokens, not 1 to 999,999: change --tpp or --total-batch-size")
+                 f"{derived.batch_size:,} tokens, not 1 to 999,999: change --tpp or "
+                 "--total-batch-size")
     if cfg.drope and not 0 < derived.switch < steps:
         sys.exit(f"--drope {cfg.drope}: of only {steps:,} steps that is step {derived.switch:,}, "
                  "so there would be none with RoPE, or none without: use another percentage")
-    return rows
+    return n_rows
 
 
 # ---- Shards: listing, checking and downloading them ----------------------------------------------
@@ -299,7 +300,7 @@ class PackedRows:
         self.shards, self.names, self.row_len, self.epochs = shards, names, row_len, epochs
         self.enc, self.bos = enc, enc.encode_single_token("<|bos|>")
         self.epoch = self.shard = self.group = self.row = 0     # place of the next document
-        self.groups = self.texts = None                         # of the shard being read
+        self.n_groups = self.texts = None                         # of the shard being read
         self.buffer, self.lengths = [], np.empty(0, np.int64)   # documents, and their tokens
         self.seen = self.cut = 0                                # tokens
         self.found_text = bool(state)
@@ -343,9 +344,9 @@ class PackedRows:
         if self.epoch == self.epochs:
             return False
         name = self.names[self.shard]
-        if self.groups is None:
+        if self.n_groups is None:
             self.shards.hash(name)
-            self.groups = self.shards.read(name)
+            self.n_groups = self.shards.read(name)
             for ahead in self.names[self.shard + 1:self.shard + 3]:
                 self.shards.fetch_ahead(ahead)
         self.texts = self.shards.read(name, self.group)
@@ -366,8 +367,8 @@ class PackedRows:
         self.row += 128
         if self.row >= len(self.texts):
             self.texts, self.group, self.row = None, self.group + 1, 0
-            if self.group == self.groups:
-                self.shard, self.group, self.groups = self.shard + 1, 0, None
+            if self.group == self.n_groups:
+                self.shard, self.group, self.n_groups = self.shard + 1, 0, None
         return True
 
     def next_row(self):
@@ -388,11 +389,11 @@ class PackedRows:
             room -= len(row[-1])
         return np.concatenate(row)
 
-    def batch(self, rows):
-        """int32 (2, rows, T), inputs and targets; fewer rows if the documents run out, None if none
-        is left. DownloadError if no document has text."""
+    def batch(self, n_rows):
+        """int32 (2, n_rows, T), inputs and targets; fewer rows if the documents run out, None if
+        none is left. DownloadError if no document has text."""
         made = []
-        while len(made) < rows and (row := self.next_row()) is not None:
+        while len(made) < n_rows and (row := self.next_row()) is not None:
             made.append(row)
         if not made:
             return None
@@ -430,7 +431,7 @@ def hours_of(cfg, derived, steps):
         return 6 * sizes.N + 6 * sizes.config.n_layer * sizes.config.n_embd * cfg.max_seq_len
 
     d18 = derive(replace(cfg, depth=18, tpp=9.0, drope=None, tag="", total_batch_size=None), 32768)
-    tokens = steps * derived.batch
+    tokens = steps * derived.batch_size
     return tokens * flops_per_token(derived) / (cfg.speed * flops_per_token(d18)) / 3600
 
 
@@ -464,7 +465,7 @@ def plan(cfg):
         checkpoints = 2 + (0 if steps == 0 else 2) + (3 if steps and one.drope is None else 0)
         disk = checkpoints * checkpoint + 2 * 2 * (derived.N + embedding)
         hours = hours_of(one, derived, steps)
-        tokens = derived.steps * derived.batch
+        tokens = derived.steps * derived.batch_size
         shards = math.ceil(tokens / SHARD_TOKENS)
         print(f"{tag:26} {derived.steps:6,} {tokens / 1e9:6.2f}B {shards:6} {hours:5.1f} "
               f"{disk / 1e9:3.0f} GB  {how}")
@@ -520,7 +521,7 @@ def bench(cfg, env):
     cfg.vocab_size = cfg.vocab_size or 32768
     derived = derive(cfg, cfg.vocab_size)
     derived.steps = 1                                       # whatever the tpp
-    rows = check_sizes(replace(cfg, drope=None), derived, env.world)
+    n_rows = check_sizes(replace(cfg, drope=None), derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     model, compiled, optimizer = make_model(cfg, derived, env)
     cuda = env.device.type == "cuda"
@@ -534,7 +535,7 @@ def bench(cfg, env):
             torch.mps.synchronize()
         return time.time() - start
 
-    x, y = torch.randint(cfg.vocab_size, (2, rows, cfg.max_seq_len), device=env.device)
+    x, y = torch.randint(cfg.vocab_size, (2, n_rows, cfg.max_seq_len), device=env.device)
 
     def step():
         accumulate_gradients(compiled, x, y, env)
@@ -548,15 +549,16 @@ def bench(cfg, env):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024         # a Mac counts bytes, Linux KiB
     peak = torch.cuda.max_memory_allocated() if cuda else peak
-    speed = derived.batch / step_seconds
+    speed = derived.batch_size / step_seconds
     flops, matmul = speed * model.flops_per_token() / env.world, 2 * size ** 3 / matmul_seconds
     if env.rank == 0:
         print(json.dumps(dict(
             device=torch.cuda.get_device_name() if cuda else env.device.type,
             torch=torch.__version__, depth=cfg.depth, compile=env.compile,
             dtype="fp8" if cfg.fp8 else str(env.dtype).removeprefix("torch."),
-            attention=attention_kernel(env, model.config), processes=env.world, batch=derived.batch,
-            rows_at_a_time=largest_divisor(rows // env.world, env.micro),
+            attention=attention_kernel(env, model.config), processes=env.world,
+            batch=derived.batch_size,
+            rows_at_a_time=largest_divisor(n_rows // env.world, env.micro),
             tokens_per_second=round(speed),
             step_seconds=round(step_seconds, 4),
             mfu=env.peak_flops and round(flops / env.peak_flops, 4), tflops=round(flops / 1e12, 3),
@@ -638,10 +640,10 @@ def find_trunk(run, shards, derived):
     problem = trunk_problem(run, shards, folder, switch)
     if not problem:
         return folder, switch
-    run.say(f"training from scratch: {problem}. The first {switch:,} of {derived.steps:,} steps, "
-            f"{switch * derived.batch / 1e9:.3g}B tokens, are those of a run with RoPE, and would "
-            f"be shared with it: {hours_of(cfg, derived, switch):.1f} hours at {cfg.speed:,.0f} "
-            "tokens/s for d18")
+    tokens, hours = switch * derived.batch_size, hours_of(cfg, derived, switch)
+    run.say(f"training from scratch: {problem}. After the run with RoPE, this one would share its "
+            f"first {switch:,} of {derived.steps:,} steps: {tokens / 1e9:.3g}B tokens, {hours:.1f} "
+            f"hours at {cfg.speed:,.0f} tokens/s for d18")
 
 
 def trunk_problem(run, shards, folder, switch):
@@ -703,8 +705,8 @@ def main():
     enc = load_tokenizer(base_dir() / "tokenizer")
     derived = derive(cfg, enc.n_vocab)
     steps, switch = derived.steps, derived.switch
-    cfg.total_batch_size = derived.batch
-    rows = check_sizes(cfg, derived, env.world)
+    cfg.total_batch_size = derived.batch_size
+    n_rows = check_sizes(cfg, derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     init = from_rank_0(find_init(cfg, derived.config, steps, env), env)
     recipe = {**{field: getattr(cfg, field) for field in RECIPE},
@@ -723,9 +725,9 @@ def main():
     if init and not run.source:
         position = start_from_init(model, run, *init[:2])
     if env.rank == 0:
-        log_head(cfg, derived, env, attention=attention_kernel(env, derived.config), rows=rows,
-                 tokenizer=recipe["tokenizer"], starting_from=recipe["init"],
-                 revision=shards.revision, **run.data)
+        log_head(cfg, derived, env, attention=attention_kernel(env, derived.config),
+                 rows_per_step=n_rows, tokenizer=recipe["tokenizer"],
+                 starting_from=recipe["init"], revision=shards.revision, **run.data)
         stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1,
                             position or run.loader_state())
         validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
@@ -733,7 +735,7 @@ def main():
                                      token_bytes(enc), env)
     # Loads the starting checkpoint, and whether the model still has RoPE
     keep = kept_steps(cfg, steps, run.meta.get("user_config", {}).get("keep", ""))
-    run.start(model, optimizer, stream, rows, keep, steps=steps, switch=switch,
+    run.start(model, optimizer, stream, n_rows, keep, steps=steps, switch=switch,
               tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
               validation_file=run.data["validation_file"])
 

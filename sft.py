@@ -596,13 +596,13 @@ class Packer:
         self.tokens += len(ids)
         return ids, mask
 
-    def batch(self, rows):
-        """int32 (2, rows, T): inputs, and targets, which are -1 where there is no loss. If the
+    def batch(self, n_rows):
+        """int32 (2, n_rows, T): inputs, and targets, which are -1 where there is no loss. If the
         conversations run out, the remaining rows are padding; None if nothing is left."""
         T = self.row_len - 1
-        inputs = np.full((rows, T), self.enc.encode_single_token("<|bos|>"), np.int32)
-        targets = np.full((rows, T), -1, np.int32)
-        for r in range(rows):
+        inputs = np.full((n_rows, T), self.enc.encode_single_token("<|bos|>"), np.int32)
+        targets = np.full((n_rows, T), -1, np.int32)
+        for r in range(n_rows):
             ids, mask = (np.array(row, np.int32) for row in self.next_row())
             if len(ids) == 0 and r == 0:
                 return None
@@ -610,9 +610,9 @@ class Packer:
             targets[r, :max(0, len(ids) - 1)] = np.where(mask[1:], ids[1:], -1)
         return np.stack([inputs, targets])
 
-    def filled(self, rows):
+    def filled(self, n_rows):
         """A batch without the rows that are only padding."""
-        before, batch = self.rows, self.batch(rows)
+        before, batch = self.rows, self.batch(n_rows)
         return None if batch is None else batch[:, :self.rows - before]
 
 
@@ -717,7 +717,7 @@ def main():
     if not cfg.tag:
         sys.exit("which model? --tag d18_9tpp_drope_50, for example: a folder in base_checkpoints")
     env = setup_env(compile=cfg.compile)
-    rows = rows_of_a_step(cfg.total_batch_size, cfg.max_seq_len, env.world)
+    n_rows = rows_of_a_step(cfg.total_batch_size, cfg.max_seq_len, env.world)
     if cfg.check:
         return check_files(cfg)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
@@ -746,14 +746,14 @@ def main():
     compiled = compile_model(model, env)
 
     if env.rank == 0:
-        log_head(cfg, env, rows=rows, attention=attention_kernel(env, config),
+        log_head(cfg, env, rows_per_step=n_rows, attention=attention_kernel(env, config),
                  use_rope=model.use_rope, **reference)
     stream, held_out, data = open_data(cfg, enc, run)
     run.same_data(data)
     total = from_rank_0(stream and len(stream.mixture), env)            # conversations
     validation_rows = ValidationRows(held_out and held_out.filled, cfg.max_seq_len,
                                      token_bytes(enc), env)
-    run.start(model, optimizer, stream, rows, tokenizer=run.recipe["tokenizer"],
+    run.start(model, optimizer, stream, n_rows, tokenizer=run.recipe["tokenizer"],
               user_config={**asdict(cfg), **reference}, base=run.recipe.get("base"))
 
     def validate():

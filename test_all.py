@@ -1189,8 +1189,9 @@ def test_the_demonstration_at_a_tiny_size(tmp_path, monkeypatch):
 def test_steps_tokens_and_the_switch(depth, tpp, steps, tokens):
     for drope, switch in ((50, steps / 2), (25, steps / 4), (0, 0)):
         derived = pretrain.derive(pretrain.Config(depth, tpp, drope), 32768)
-        assert (derived.batch, derived.steps, derived.switch) == (2 ** 20, steps, round(switch))
-        assert derived.steps * derived.batch == pytest.approx(tokens, rel=2e-3)
+        assert (derived.steps, derived.switch) == (steps, round(switch))
+        assert derived.batch_size == 2 ** 20
+        assert derived.steps * derived.batch_size == pytest.approx(tokens, rel=2e-3)
     assert pretrain.derive(pretrain.Config(depth, tpp), 32768).switch is None
 
 
@@ -1462,7 +1463,7 @@ def test_a_trunk_of_another_run_is_not_used(drope_run, trunk_base, tmp_path, cap
     derived = pretrain.derive(cfg, meta["model_config"]["vocab_size"])
     found, said = pretrain.find_trunk(run, pretrain.Shards(cfg), derived), capsys.readouterr().out
     assert found == (None if says else (trunk, 10))
-    assert not says or (says in said and "The first 10 of 20 steps, 1.02e-05B tokens" in said)
+    assert not says or (says in said and "first 10 of 20 steps: 1.02e-05B" in said)
 
 
 # ---- A run that starts from a finished model -----------------------------------------------------
