@@ -51,10 +51,10 @@ def calculator(call):
     if not re.fullmatch(r"[0-9.+\-*/%() ]{1,200}", call) or "**" in call:
         return None
     try:
-        with warnings.catch_warnings():                     # Python warns about "1(2)"
+        with warnings.catch_warnings():  # Python warns about "1(2)"
             warnings.simplefilter("ignore")
             value = eval(call, {"__builtins__": {}})
-        if abs(value) < 1e15:                               # neither infinite nor nan
+        if abs(value) < 1e15:  # neither infinite nor nan
             return f"{round(value, 10) + 0:.10f}".rstrip("0").rstrip(".")
     except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         pass
@@ -93,9 +93,9 @@ class Chat:
         ended = [False] * len(texts)
         for ids in generate(self.model, texts, n, choose, cache):
             for b, row in enumerate(rows):
-                if forced[b]:                               # the result of a call
+                if forced[b]:  # the result of a call
                     ids[b] = forced[b].pop(0)
-                elif ids[b] in outside:                     # the end, or not part of an answer
+                elif ids[b] in outside:  # the end, or not part of an answer
                     ids[b], ended[b] = self.special("assistant_end"), True
                 elif ids[b] == call_end and call_start in row:
                     start = len(row) - row[::-1].index(call_start)
@@ -128,8 +128,8 @@ class Conversation:
 
     def __init__(self, chat, max_tokens, choose):
         self.chat, self.choose, self.turns = chat, choose, []
-        self.limit = chat.model.config.sequence_len         # it was not trained on longer ones
-        self.room = min(max_tokens, self.limit // 2)        # for an answer
+        self.limit = chat.model.config.sequence_len  # it was not trained on longer ones
+        self.room = min(max_tokens, self.limit // 2)  # for an answer
         self.cache = KVCache(chat.model, 1, self.limit)
 
     def ids(self):
@@ -147,7 +147,7 @@ class Conversation:
         try:
             dropped = 0
             while len(self.ids()) + self.room > self.limit:
-                self.cache.lengths.zero_()                  # the remaining tokens change position
+                self.cache.lengths.zero_()  # the remaining tokens change position
                 dropped += 1
                 del self.turns[0]
             if dropped:
@@ -177,9 +177,9 @@ def show(chat, tokens):
     """Prints an answer as it is generated, a call to Python as <<12*3>>[36]."""
     shown = {"python_start": "<<", "python_end": ">>", "output_start": "[", "output_end": "]"}
     shown = {chat.special(name): text for name, text in shown.items()}
-    characters = codecs.getincrementaldecoder("utf-8")("replace")       # may span tokens
+    characters = codecs.getincrementaldecoder("utf-8")("replace")  # may span tokens
     specials = chat.enc._special_tokens.values()
-    with closing(tokens):                                   # at Ctrl-C, too
+    with closing(tokens):  # at Ctrl-C, too
         for token in tokens:
             text = shown.get(token, "")
             if token not in specials:
@@ -189,7 +189,7 @@ def show(chat, tokens):
 
 
 def talk(chat, conversation):
-    with suppress(ImportError):                             # gives input() arrow keys
+    with suppress(ImportError):  # gives input() arrow keys
         import_module("readline")
     print(f"{chat.folder}. Ctrl-C interrupts an answer, /clear starts over, Ctrl-D or /quit ends.")
     while True:
@@ -242,7 +242,7 @@ def score(chat, examples, n, at_once):
         questions = [question for question, _ in examples[i:i + at_once]]
         texts = [[chat.special("bos"), *chat.question(question)] for question in questions]
         choose = most_likely if n else letters_only(chat, questions)
-        given += zip(*chat.answer(texts, n or 1, choose))   # the ids of each answer
+        given += zip(*chat.answer(texts, n or 1, choose))  # the ids of each answer
     end, records = chat.special("assistant_end"), []
     for (question, expected), ids in zip(examples, given):
         stops = end in ids
@@ -317,8 +317,8 @@ def main():
     choose = sampler(config.temperature, config.top_k, config.seed)
     conversation = Conversation(chat, config.max_tokens, choose)
     prompt = config.prompt
-    if not prompt and sys.stdin:                            # None if it is closed
-        sys.stdin.reconfigure(errors="replace")             # bytes that are not UTF-8
+    if not prompt and sys.stdin:  # None if it is closed
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
         if sys.stdin.isatty():
             return talk(chat, conversation)
         prompt = sys.stdin.read()

@@ -75,7 +75,7 @@ def gather():
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError):      # a template that only looks like Python
+        except (OSError, SyntaxError, ValueError):  # a template that only looks like Python
             continue
         module = ".".join(parts).removesuffix(".__init__")
         module = PUBLIC_NAME.get(module, module)
@@ -122,7 +122,7 @@ def examples():
 def write_corpus(folder):
     """Writes the files of the tiny run to `folder`, unless they exist; returns it."""
     import pyarrow as pa, pyarrow.parquet as pq
-    if (folder / "shard_06542.parquet").exists():           # the one that is written last
+    if (folder / "shard_06542.parquet").exists():  # the one that is written last
         print(f"corpus: {folder} exists already")
         return folder
     documents = gather()
@@ -153,12 +153,12 @@ def write_corpus(folder):
 
 # ---- The task: facts hidden in text, and questions about them ------------------------------------
 
-T, ROWS, WEIGHT = 128, 16, 5.0      # training length, rows per step, weight of an answer (text: 1)
+T, ROWS, WEIGHT = 128, 16, 5.0  # training length, rows per step, weight of an answer (text: 1)
 TEXT_IDS, KEYS, VALUES, FACTS = 440, 8, 8, 4
-FACT = TEXT_IDS                     # ids 440 to 503: "key k has value v" is token FACT + 8 k + v
-KEY = FACT + KEYS * VALUES          # ids 504 to 511: "what has key k?", answered by the fact
+FACT = TEXT_IDS  # ids 440 to 503: "key k has value v" is token FACT + 8 k + v
+KEY = FACT + KEYS * VALUES  # ids 504 to 511: "what has key k?", answered by the fact
 VOCAB = KEY + KEYS
-GUESSING = 1 / FACTS                # any one of the facts in the text
+GUESSING = 1 / FACTS  # any one of the facts in the text
 
 
 def random_text(stream, B, length, generator):
@@ -216,7 +216,7 @@ def load_stream(folder, shard, enc):
 
 # ---- Training: the recipe of pretrain.py ---------------------------------------------------------
 
-ARMS = {"RoPE": 1.0, "DroPE 50": 0.5, "DroPE 75": 0.75, "NoPE": 0.0}    # share of steps with RoPE
+ARMS = {"RoPE": 1.0, "DroPE 50": 0.5, "DroPE 75": 0.75, "NoPE": 0.0}  # share of steps with RoPE
 
 
 def new_model(seed):
@@ -229,7 +229,7 @@ def new_model(seed):
 def train(name, model, steps, switch, stream, generator):
     """Trains a model with a fresh optimizer, without RoPE from step `switch` on. Returns the losses
     of all steps."""
-    optimizer = build_optimizer(model)          # no weight decay: the run is too short to need it
+    optimizer = build_optimizer(model)  # no weight decay: the run is too short to need it
     losses = []
     for step in range(steps):
         # DroPE: RoPE's positions help a model learn fast, but it has never seen those beyond the
@@ -238,7 +238,7 @@ def train(name, model, steps, switch, stream, generator):
         if step == switch:
             model.use_rope = False
         rows, weights = training_rows(stream, generator)
-        nats = model(rows[:, :-1], rows[:, 1:], reduction="none")           # (ROWS, T)
+        nats = model(rows[:, :-1], rows[:, 1:], reduction="none")  # (ROWS, T)
         loss = (nats * weights).sum() / weights.sum()
         loss.backward()
         for group in optimizer.param_groups:
@@ -256,10 +256,10 @@ def train(name, model, steps, switch, stream, generator):
 
 # ---- Evaluation beyond the training length -------------------------------------------------------
 
-LENGTHS = (1, 2, 4, 8)                                  # times T
+LENGTHS = (1, 2, 4, 8)  # times T
 FAR = LENGTHS[-1] * T
-SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)            # values of model.logn_scale that are tried
-PROMPTS, WINDOWS, TAIL = 256, 64, 32                    # TAIL: only the last tokens are evaluated
+SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # values of model.logn_scale that are tried
+PROMPTS, WINDOWS, TAIL = 256, 64, 32  # TAIL: only the last tokens are evaluated
 
 
 def ntk_tables(length, head_dim, device):
@@ -271,7 +271,7 @@ def ntk_tables(length, head_dim, device):
 @torch.no_grad()
 def answer(model, rows):
     """The share of correct answers, and the mean loss of the answers in nats."""
-    logits = torch.cat([model(part[:, :-1])[:, -1] for part in rows.split(16)])     # (B, VOCAB)
+    logits = torch.cat([model(part[:, :-1])[:, -1] for part in rows.split(16)])  # (B, VOCAB)
     right = (logits.argmax(-1) == rows[:, -1]).float().mean().item()
     return right, F.cross_entropy(logits, rows[:, -1]).item()
 
@@ -289,7 +289,7 @@ def bits_per_byte(model, rows, nbytes):
     """Bits per byte of the last TAIL tokens of each row; special tokens (0 bytes) do not count."""
     nats = torch.cat([model(part[:, :-1], part[:, 1:], reduction="none")[:, -TAIL:]
                       for part in rows.split(16)])
-    size = nbytes[rows[:, -TAIL:]]                                                  # (B, TAIL)
+    size = nbytes[rows[:, -TAIL:]]  # (B, TAIL)
     return (nats * (size > 0)).sum().item() / math.log(2) / size.sum().item()
 
 
@@ -354,7 +354,7 @@ def run_arm(arm, seed, steps, data, tokenizer, path):
 RECALIBRATED = "RoPE, recalibrated"
 LINES = {"RoPE": ("#d55e00", "o-"), "RoPE + NTK": ("#cc79a7", "s--"), "NoPE": ("#009e73", "^-"),
          "DroPE 50": ("#0072b2", "D-"), "DroPE 75": ("#56b4e9", "v-"),
-         RECALIBRATED: ("#000000", "P:")}       # colours for the colour-blind, too
+         RECALIBRATED: ("#000000", "P:")}  # colours for the colour-blind, too
 REMARKS = f"""Facts: share of {PROMPTS} questions (guessing {GUESSING}). Text: bits per byte of the
 last {TAIL} tokens. 1x: {T} tokens, the training length. c fitted: attention logits times
 max(1, 1 + c ln(n / {T})), the best c of {SCALES} on training text,
@@ -445,9 +445,9 @@ def demonstrate(config, base):
     tok = [sys.executable, Path(__file__).with_name("tok.py"), "--data-dir", data, "--out-dir",
            out / "tokenizer", "--vocab-size", str(TEXT_IDS)]
     if subprocess.run(tok, stdout=subprocess.DEVNULL).returncode:
-        sys.exit(1)                                         # tok.py has said why
+        sys.exit(1)  # tok.py has said why
     made_of = [Path(__file__).with_name(name) for name in ("demo.py", "model.py", "muon.py")]
-    made_of.append(data / "shard_00000.parquet")            # other code or text, other results
+    made_of.append(data / "shard_00000.parquet")  # other code or text, other results
     folder = out / hashlib.sha256(b"".join(path.read_bytes() for path in made_of)).hexdigest()[:8]
     jobs = [(arm, seed, config.steps, data, out / "tokenizer",
              folder / f"{arm.replace(' ', '')}_{config.steps}_{seed}.json")

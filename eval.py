@@ -38,13 +38,13 @@ class Config:
 
 @dataclass
 class Sizes:
-    contexts: tuple = (0.5, 1, 2, 4, 8)     # in training lengths
-    prompts: int = 100                      # of each kind, for each context
-    documents: int = 96                     # to test on, and a quarter as many to fit c on
+    contexts: tuple = (0.5, 1, 2, 4, 8)  # in training lengths
+    prompts: int = 100  # of each kind, for each context
+    documents: int = 96  # to test on, and a quarter as many to fit c on
 
 
 QUICK = Sizes((0.5, 1, 2, 4), prompts=10, documents=12)
-SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)        # values of c to try
+SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # values of c to try
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def bootstrap(x, size):
 # max(1, 1 + c ln(n / n_train)), n_train being the training length. Up to n_train all arms are
 # equal.
 
-ARMS = {                            # name: (RoPE scaling, the arm without c if c is fitted)
+ARMS = {  # name: (RoPE scaling, the arm without c if c is fitted)
     "as trained": ("", None), "cropped": ("", None), "c fitted": ("", "as trained"),
     "NTK": ("ntk", None), "NTK, c fitted": ("ntk", "NTK"),
     "NTK by parts": ("by parts", None), "NTK by parts, c fitted": ("by parts", "NTK by parts")}
@@ -172,21 +172,21 @@ def fit_scale(model, texts, contexts, scaling):
 
 # ---- Needles -------------------------------------------------------------------------------------
 
-KINDS = {                   # keys in the text, values per key, keys asked for
-    "single": (1, 1, 1),        # no need to read the key: there is only one number
-    "multi-key": (4, 1, 1),     # the key decides between four numbers
-    "multi-value": (1, 4, 1),   # one key has four numbers, asked for in the order of the text
-    "multi-query": (4, 1, 4),   # all four keys are asked for, in any order
+KINDS = {  # keys in the text, values per key, keys asked for
+    "single": (1, 1, 1),  # no need to read the key: there is only one number
+    "multi-key": (4, 1, 1),  # the key decides between four numbers
+    "multi-value": (1, 4, 1),  # one key has four numbers, asked for in the order of the text
+    "multi-query": (4, 1, 4),  # all four keys are asked for, in any order
 }
 CITIES = "Berlin Boston Cairo Chicago Delhi Lima London Madrid Oslo Paris Rome Tokyo".split()
-DIGITS = 4                      # of a number
+DIGITS = 4  # of a number
 
 
 class Prompt(NamedTuple):
-    ids: list           # L + 1 tokens
-    n_tail: int         # the last n_tail of them are the questions and answers
-    answers: list       # slices of that tail: the numbers asked for
-    places: list        # where in ids these numbers are hidden
+    ids: list  # L + 1 tokens
+    n_tail: int  # the last n_tail of them are the questions and answers
+    answers: list  # slices of that tail: the numbers asked for
+    places: list  # where in ids these numbers are hidden
 
 
 def make_prompt(texts, L, kind, i, without=False):
@@ -206,10 +206,10 @@ def make_prompt(texts, L, kind, i, without=False):
     questions = [encode(f"\nA secret number of {city} is ")
                  for city in rng.sample(CITIES, n_keys) * n_values]
     numbers = [encode(f"{number:0{DIGITS}d}") for number in rng.sample(range(10 ** DIGITS), n)]
-    depths = [((i % 10 + 0.5) / 10 + j / n) % 1 for j in range(n)]          # 0: start of the text
+    depths = [((i % 10 + 0.5) / 10 + j / n) % 1 for j in range(n)]  # 0: start of the text
     rng.shuffle(depths)
     if n_values > 1:
-        depths.sort()                                       # asked for in the order of the text
+        depths.sort()  # asked for in the order of the text
 
     tail, answers = [], []
     for question, number in zip(questions[:n_asked], numbers):
@@ -219,7 +219,7 @@ def make_prompt(texts, L, kind, i, without=False):
     tail = tail[:answers[-1].stop]
     needles = [question + number + encode(".\n") for question, number in zip(questions, numbers)]
     hidden = sorted(range(n_asked if without else 0, n), key=lambda j: depths[j])
-    room = L - len(tail) - sum(len(needles[j]) for j in hidden)             # tokens of text
+    room = L - len(tail) - sum(len(needles[j]) for j in hidden)  # tokens of text
     if room < L // 4 or len(texts.hay) <= L:
         return None
     start = rng.randrange(len(texts.hay) - L)
@@ -241,7 +241,7 @@ def score_answers(model, prompt, cropped):
     if cropped:
         ids = [ids[0], *ids[1:][-model.config.sequence_len:]]
     row = torch.tensor([ids], device=model.lm_head.weight.device)
-    logits, targets = model(row[:, :-1], last=n)[0], row[0, -n:]            # (n, V), (n,)
+    logits, targets = model(row[:, :-1], last=n)[0], row[0, -n:]  # (n, V), (n,)
     right = (logits.argmax(-1) == targets).cpu()
     nats = F.cross_entropy(logits, targets, reduction="none").cpu()
     return ([right[answer].all().item() for answer in prompt.answers],
@@ -308,7 +308,7 @@ def evaluate(folder, name, sizes, env):
         c = 0.0
         if without_c:
             c = results.part([arm, "fit"], fit_scale, model, texts, beyond, scaling)["c"]
-            if c == 0:                                      # tested() treats them as the same
+            if c == 0:  # tested() treats them as the same
                 continue
         set_arm(model, scaling, c)
         given = (model, texts, sizes.contexts if arm == "as trained" else beyond, arm == "cropped")
@@ -531,7 +531,7 @@ def draw_training(base, _, plt):
             points = [(record["step"], record[name])
                       for record in records for name in names if name in record]
             ax.plot(*zip(*points), label=tag, ms=4, **look)
-            seen += [bpb for _, bpb in points[(len(points) + 3) // 4:]]     # not the first fall
+            seen += [bpb for _, bpb in points[(len(points) + 3) // 4:]]  # not the first fall
             for step in (record["step"] for record in records if "switch" in record):
                 ax.axvline(step, color=look["color"], ls=":", lw=1)
         ax.set(title=f"{family} (dotted: RoPE is dropped)", xlabel="step",

@@ -27,7 +27,7 @@ from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoi
                    weights_hash)
 
 HERE = Path(__file__).parent
-STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}      # what ends a text that a model writes
+STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}  # what ends a text that a model writes
 
 
 @dataclass
@@ -70,13 +70,13 @@ def tokenizer_json(enc):
     merges = [(spell[token[:i]], spell[token[i:]]) for token in sorted(ranks, key=ranks.get)
               for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     vocab = {spell[token]: rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))    # whole chunks first
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # whole chunks first
     tokenizer.normalizer = normalizers.Replace(Regex(f"(?<=<){GUARD}(?={GUARD}|\\|)"), "")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(enc._pat_str), "isolated"),
         pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(sorted(special, key=special.get))          # they get the last ids
+    tokenizer.add_special_tokens(sorted(special, key=special.get))  # they get the last ids
     bos = ("<|bos|>", special["<|bos|>"])
     tokenizer.post_processor = TemplateProcessing("<|bos|> $A", "<|bos|> $A $B", [bos])
     return tokenizer.to_str(pretty=True).encode() + b"\n"
@@ -157,12 +157,12 @@ def export_files(source):
 
 class Source(NamedTuple):
     """A model to export: its newest undamaged checkpoint."""
-    stage: str          # base or sft
+    stage: str  # base or sft
     folder: Path
-    dest: Path          # of the export
-    step: int           # None if there is no checkpoint
+    dest: Path  # of the export
+    step: int  # None if there is no checkpoint
     meta: dict
-    lacks: str          # why it must not be published, or ""
+    lacks: str  # why it must not be published, or ""
 
 
 def find_source(stage, tag):
@@ -209,7 +209,7 @@ def export(source):
         try:
             for name, content in files.items():
                 atomic_write(temp / "new" / name, content)
-            if dest.exists():                               # os.rename cannot replace a folder
+            if dest.exists():  # os.rename cannot replace a folder
                 os.rename(dest, temp / "old")
             os.rename(temp / "new", dest)
         finally:
@@ -248,7 +248,7 @@ def gather(kind, tag, user, sources, folder):
         files = checkpoint_files(source.folder, source.step)
         paths = [files["model"], files["optim"], files["meta"], source.folder / "metrics.jsonl",
                  source.folder / "questions.jsonl"]
-        enc = load_tokenizer(base_dir() / "tokenizer")      # as the nanochat repo reads it
+        enc = load_tokenizer(base_dir() / "tokenizer")  # as the nanochat repo reads it
         atomic_write(folder / "tokenizer" / "tokenizer.pkl", pickle.dumps(enc, protocol=4))
         atomic_write(folder / "tokenizer" / "token_bytes.pt",
                      functools.partial(torch.save, token_bytes(enc).int()))
@@ -294,7 +294,7 @@ def push(cfg, tag):
             sizes = {path.relative_to(folder): path.stat().st_size
                      for path in sorted(folder.rglob("*")) if path.is_file()}
             print(repo, *(f"{size:>15,}  {name}" for name, size in sizes.items()), sep="\n")
-            if not cfg.dry_run:                             # at least at 1 MB/s
+            if not cfg.dry_run:  # at least at 1 MB/s
                 retry(repo, 300 + sum(sizes.values()) / 1e6,
                       functools.partial(upload, repo, folder, cfg.private))
                 print(f"{repo}: published, and compared with the hub's hashes", flush=True)
@@ -358,13 +358,13 @@ def pull_checkpoint(repo, hashes, folder, temp):
         try:
             here = newest_checkpoint(folder)
         except Damaged:
-            here = None                                     # is downloaded again
+            here = None  # is downloaded again
         if here not in (None, step) or here and weights_hash(folder, here) != hashes[parts[0]]:
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")
         for name in [*parts, *({"metrics.jsonl", "questions.jsonl"} & hashes.keys())]:
             path = folder / name
             if path.exists() and file_hash(path, git=len(hashes[name]) == 40) != hashes[name]:
-                path.unlink()                               # left over from something else
+                path.unlink()  # left over from something else
             download(repo, name, path, "model")
         meta = json.loads(download(repo, files["meta"].name, temp, "model").read_text())
         # The nanochat repo's chat checkpoints do not say if they have RoPE; the folder's name does
@@ -373,7 +373,7 @@ def pull_checkpoint(repo, hashes, folder, temp):
         if said != use_rope:
             print(f"{repo} says use_rope {said}; set to {use_rope}, as its name says")
         meta["sha256"] = {name: hashes[name] for name in parts}
-        atomic_write(files["meta"], dump(meta))             # last: it vouches for the rest
+        atomic_write(files["meta"], dump(meta))  # last: it vouches for the rest
     print(f"{repo} -> {folder}, step {step}")
 
 

@@ -36,7 +36,7 @@ class GPTConfig:
     vocab_size: int = 32768
     n_layer: int = 18
     n_head: int = 9
-    n_kv_head: int = 9      # always n_head here; the field is for karpathy/nanochat, which reads it
+    n_kv_head: int = 9  # always n_head here; the field is for karpathy/nanochat, which reads it
     n_embd: int = 1152
 
     @classmethod
@@ -71,7 +71,7 @@ def rotate(x, cos, sin):
     head_dim, to (x1 cos + x2 sin, x2 cos - x1 sin). cos and sin: (T, 1, head_dim) as GPT.rotary
     makes them, sin with its second half negated. The published models rotate in this direction,
     textbooks in the other."""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)         # (x2, x1)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # (x2, x1)
     return x * cos + swapped * sin
 
 
@@ -112,15 +112,15 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = norm(q), norm(k)             # QK-norm, after the rotation (arXiv:2302.05442)
+        q, k = norm(q), norm(k)  # QK-norm, after the rotation (arXiv:2302.05442)
         if q_scale is not None:
             q = q * q_scale
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, n_head, T, ...)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, ...)
         mask = None
         if cache is not None:
-            k, v, mask = cache.extend(self.layer, k, v)     # now with all earlier tokens
+            k, v, mask = cache.extend(self.layer, k, v)  # now with all earlier tokens
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # heads side by side again
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 
 
 class MLP(nn.Module):
@@ -163,16 +163,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     as its logits are (Liger Kernel, arXiv:2410.10989). backward() only scales them."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):            # (N, C), (V, C), (N,)
+    def forward(ctx, x, weight, targets, chunk):  # (N, C), (V, C), (N,)
         w = weight.to(x.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, x.size(0), chunk):
-            xs, target = x[i:i + chunk], targets[i:i + chunk].unsqueeze(1)      # (n, C), (n, 1)
+            xs, target = x[i:i + chunk], targets[i:i + chunk].unsqueeze(1)  # (n, C), (n, 1)
             counted, target = target != -1, target.clamp(min=0)
-            logits = softcapped(xs, w)                      # (n, V), at most 15: exp() is finite
-            e, hit = logits.exp(), logits.gather(1, target) # (n, V), (n, 1)
-            total = e.sum(dim=1, keepdim=True)              # (n, 1)
+            logits = softcapped(xs, w)  # (n, V), at most 15: exp() is finite
+            e, hit = logits.exp(), logits.gather(1, target)  # (n, V), (n, 1)
+            total = e.sum(dim=1, keepdim=True)  # (n, 1)
             loss = loss + ((total.log() - hit) * counted).sum()
             # The gradient of the logits is softmax - one_hot(target). First the softmax, ...
             grad = (e * softcap_slope(logits) * (counted / total)).to(x.dtype)  # (n, V)
@@ -218,18 +218,18 @@ class Float8Matmul(torch.autograd.Function):
     """y = x W^T and its gradients, grad_x = grad_y W and grad_W = grad_y^T x, all in float8."""
 
     @staticmethod
-    def forward(ctx, x, weight):                            # (N, C_in), (C_out, C_in) -> (N, C_out)
+    def forward(ctx, x, weight):  # (N, C_in), (C_out, C_in) -> (N, C_out)
         x8, x_scale = to_float8(x, torch.float8_e4m3fn)
         w8, w_scale = to_float8(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         return float8_mm(x8, x_scale, w8.t(), w_scale, x.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx, grad):                                # (N, C_out)
+    def backward(ctx, grad):  # (N, C_out)
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = to_float8(grad, torch.float8_e5m2)
-        grad_x = float8_mm(g8, g_scale, w8, w_scale, grad.dtype)            # (N, C_in)
-        grad_w = float8_mm(g8.t(), g_scale, x8, x_scale, grad.dtype)        # (C_out, C_in)
+        grad_x = float8_mm(g8, g_scale, w8, w_scale, grad.dtype)  # (N, C_in)
+        grad_w = float8_mm(g8.t(), g_scale, x8, x_scale, grad.dtype)  # (C_out, C_in)
         return grad_x, grad_w
 
 
@@ -248,7 +248,7 @@ class GPT(nn.Module):
             raise ValueError(f"n_kv_head {config.n_kv_head}: this model has as many key heads as "
                              f"query heads ({config.n_head})")
         self.config, self.use_rope, self.dtype = config, use_rope, dtype
-        V = math.ceil(config.vocab_size / 64) * 64          # a multiple of 64 suits the hardware
+        V = math.ceil(config.vocab_size / 64) * 64  # a multiple of 64 suits the hardware
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(V, config.n_embd),
             "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer))})
@@ -259,7 +259,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Both c_proj are zero, so every block starts as the identity."""
-        uniform = 3 ** 0.5 * self.config.n_embd ** -0.5     # U(-a, a) has std a / sqrt(3)
+        uniform = 3 ** 0.5 * self.config.n_embd ** -0.5  # U(-a, a) has std a / sqrt(3)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.transformer.h:
@@ -280,18 +280,18 @@ class GPT(nn.Module):
         chunk = chunk or (4096 if idx.is_cuda else 512)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.start(T)
         rotary = q_scale = None
-        if self.use_rope:                                   # DroPE: the only line that knows of it
+        if self.use_rope:  # DroPE: the only line that knows of it
             rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
-            rotary = rotary.unbind()                        # cos, sin: (..., T, 1, head_dim) each
-        if self.logn_scale:                                 # never in training
+            rotary = rotary.unbind()  # cos, sin: (..., T, 1, head_dim) each
+        if self.logn_scale:  # never in training
             q_scale = query_scale(positions, self.config.sequence_len, self.logn_scale)
             q_scale = q_scale.to(self.dtype)
-        x = self.transformer.wte(idx).to(self.dtype)        # (B, T, C)
+        x = self.transformer.wte(idx).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, rotary, q_scale, cache)
         if cache is not None:
             cache.lengths += T
-        x = norm(x[:, -last:])                              # -0: all of them
+        x = norm(x[:, -last:])  # -0: all of them
         head = self.lm_head.weight[:self.config.vocab_size]
         if targets is None:
             return softcapped(x, head.to(x.dtype))
@@ -335,8 +335,8 @@ class KVCache:
         shape = (config.n_layer, B, config.n_head, S, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(B, dtype=torch.long)     # tokens of each row, on the CPU
-        self.rotary = model.rotary(S, device)               # (2, S, 1, head_dim)
+        self.lengths = torch.zeros(B, dtype=torch.long)  # tokens of each row, on the CPU
+        self.rotary = model.rotary(S, device)  # (2, S, 1, head_dim)
         self.slots = torch.arange(S, device=device)
 
     def row(self, b):
@@ -354,16 +354,16 @@ class KVCache:
             raise ValueError(f"{longest + T} tokens do not fit into a cache of {S}")
         positions = self.lengths.to(self.slots.device).view(B, 1) + self.slots[:T]
         self.places = positions.view(B, 1, T, 1).expand(B, n_head, T, head_dim)
-        self.mask = None                # for an empty cache, the usual causal mask will do
-        if longest > 0:                 # else each token attends to its row, up to itself
-            filled = math.ceil((longest + T) / 64) * 64     # few shapes, so few kernels
-            self.mask = self.slots[:filled] <= positions.view(B, 1, T, 1)   # (B, 1, T, filled)
+        self.mask = None  # for an empty cache, the usual causal mask will do
+        if longest > 0:  # else each token attends to its row, up to itself
+            filled = math.ceil((longest + T) / 64) * 64  # few shapes, so few kernels
+            self.mask = self.slots[:filled] <= positions.view(B, 1, T, 1)  # (B, 1, T, filled)
         return positions
 
     def extend(self, layer, k, v):
         """Stores a layer's keys and values of the new tokens, (B, n_head, T, head_dim). Returns
         those of the whole rows, and the mask."""
-        keys, values = self.keys[layer], self.values[layer]     # (B, n_head, S, head_dim)
+        keys, values = self.keys[layer], self.values[layer]  # (B, n_head, S, head_dim)
         keys.scatter_(2, self.places, k)
         values.scatter_(2, self.places, v)
         if self.mask is None:
@@ -389,13 +389,13 @@ def generate(model, texts, n, choose=most_likely, cache=None):
     cache = cache or KVCache(model, len(texts), max(map(len, texts)) + n)
     logits = []
     for b, ids in enumerate(texts):
-        new = torch.tensor([ids[cache.lengths[b]:]], device=device)         # (1, T)
-        logits.append(model(new, cache=cache.row(b), last=1)[:, 0])         # (1, V)
+        new = torch.tensor([ids[cache.lengths[b]:]], device=device)  # (1, T)
+        logits.append(model(new, cache=cache.row(b), last=1)[:, 0])  # (1, V)
     logits = torch.cat(logits)
     for step in range(n):
         if step > 0:
-            new = torch.tensor(ids, device=device).view(-1, 1)              # (B, 1)
-            logits = model(new, cache=cache)[:, 0]                          # (B, V)
+            new = torch.tensor(ids, device=device).view(-1, 1)  # (B, 1)
+            logits = model(new, cache=cache)[:, 0]  # (B, V)
         ids = choose(logits).tolist()
         yield ids
 
@@ -409,10 +409,10 @@ import itertools, json, os, platform, queue, re, shutil, signal, socket, subproc
 import threading, time, traceback, typing
 from pathlib import Path
 
-INTERRUPTED = 75        # exit status: stopped on request and saved; the same command resumes
+INTERRUPTED = 75  # exit status: stopped on request and saved; the same command resumes
 SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>",
                   "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>",
-                  "<|output_end|>")                         # the last ids, in this order
+                  "<|output_end|>")  # the last ids, in this order
 
 
 # Tags and folders
@@ -481,7 +481,7 @@ def guard(main):
         code = e.code
     except KeyboardInterrupt:
         code = "interrupted"
-    except BrokenPipeError:                                 # `| head`: the reader has enough
+    except BrokenPipeError:  # `| head`: the reader has enough
         discard_output()
         code = 128 + signal.SIGPIPE
     except ModuleNotFoundError as e:
@@ -491,7 +491,7 @@ def guard(main):
     except (MemoryError, torch.OutOfMemoryError) as e:
         code = f"out of memory ({one_line(e)}): use a smaller --device-batch-size"
     except RuntimeError as e:
-        if "can't allocate memory" in str(e):               # what torch says of a CPU's
+        if "can't allocate memory" in str(e):  # what torch says of a CPU's
             sys.exit(f"out of memory ({one_line(e)}): use a smaller --device-batch-size")
         if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
             raise
@@ -518,7 +518,7 @@ def parse_config(cls, doc, args=None):
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
     fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
     for flag, field in fields.items():
-        kind = next(iter(typing.get_args(field.type)), field.type)      # int | None -> int
+        kind = next(iter(typing.get_args(field.type)), field.type)  # int | None -> int
         about = dict(default=field.default, help=field.metadata["help"].replace("%", "%%"))
         if field.metadata["positional"]:
             parser.add_argument(field.name, nargs="*", metavar="TAG", **about)
@@ -593,7 +593,7 @@ def encode(enc, texts):
             cuts[1:1] = (match.start() + i for match in re.finditer(r"\s+", text)
                          for i in range(LONG_SPACE, len(match[0]), LONG_SPACE))
         pieces += [text[a:b] for a, b in zip(cuts, cuts[1:])]
-        numbers.append(len(cuts) - 1)                       # pieces of this text, nearly always 1
+        numbers.append(len(cuts) - 1)  # pieces of this text, nearly always 1
     ids = iter(enc.encode_ordinary_batch(pieces, num_threads=4))
     return [list(itertools.chain(*itertools.islice(ids, n))) for n in numbers]
 
@@ -629,7 +629,7 @@ def atomic_write(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
-    except (OSError, RuntimeError) as e:        # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         temp.unlink(missing_ok=True)
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
@@ -643,11 +643,11 @@ def remove_leftovers(folder, start):
         pid = path.name.removeprefix(start).removesuffix(".tmp")
         if path.name.startswith(start) and pid.isdecimal():
             try:
-                os.kill(int(pid), 0)                        # signal 0: does the process exist?
+                os.kill(int(pid), 0)  # signal 0: does the process exist?
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
             except PermissionError:
-                pass                                        # it does, and is another user's
+                pass  # it does, and is another user's
 
 
 def file_hash(path, git=False):
@@ -686,7 +686,7 @@ def has_kind(value, kind):
     """Whether a value read from JSON has a type. An int may be a float; a bool is no number."""
     if kind in (int, float):
         number = type(value) is int or kind is float and type(value) is float
-        return number and abs(value) < 1e15                 # not nan either
+        return number and abs(value) < 1e15  # not nan either
     return isinstance(value, kind)
 
 
@@ -738,7 +738,7 @@ class Results:
             start = time.time()
             place[name] = json.loads(json.dumps(test(*args), default=float))
             content = dict(key=self.key, parts=self.parts)
-            content["sha256"] = content_hash(content)       # detects edited results
+            content["sha256"] = content_hash(content)  # detects edited results
             atomic_write(self.path, json.dumps(content, indent=1))
             print(f"  {', '.join(names)}: {time.time() - start:.0f} s", flush=True)
         return place[name]
@@ -822,7 +822,7 @@ def save_checkpoint(folder, step, model, optimizer, loader_state, meta, keep=())
     names = " ".join(path.name for path in Path(folder).iterdir())
     there = set(map(int, re.findall(r"(?:model|optim|loader|meta)_(\d{6,})", names)))
     for old in there - {step, *before, *keep}:
-        for path in reversed(checkpoint_files(folder, old).values()):       # meta_ goes first
+        for path in reversed(checkpoint_files(folder, old).values()):  # meta_ goes first
             path.unlink(missing_ok=True)
 
 
@@ -879,13 +879,13 @@ def check_checkpoint(folder, step):
         path = Path(folder) / Path(name).name
         if not path.exists():
             if meta.get("finished") and path in (files["optim"], files["loader"]):
-                continue                                    # only fine-tuning would need them
+                continue  # only fine-tuning would need them
             raise Damaged(f"{path} is missing")
         if file_hash(path) != expected:
             raise Damaged(f"{path} is damaged: its sha256 is not the one in its meta file")
     with torch.device("meta"):
         ours = GPT(GPTConfig(**meta["model_config"])).state_dict()
-    theirs = load_part(folder, step, "model", "meta")       # reads no weights
+    theirs = load_part(folder, step, "model", "meta")  # reads no weights
     if not isinstance(theirs, dict):
         sys.exit(f"{weights} holds no weights")
     for name in [*ours, *theirs]:
@@ -900,7 +900,7 @@ def newest_checkpoint(folder):
     damaged ones with a notice. Exits if all are damaged, rather than starting over unasked. OSError
     if a file cannot be read."""
     problems, steps = [], checkpoint_steps(folder)
-    if not steps and len(list(Path(folder).glob("model_*.pt"))) > 1:        # 1: a first save failed
+    if not steps and len(list(Path(folder).glob("model_*.pt"))) > 1:  # 1: a first save failed
         raise Damaged(f"{folder} has model_*.pt files but no meta_*.json: put these back, or move "
                       "that folder away to start over")
     for step in reversed(steps):
@@ -968,7 +968,7 @@ def load_part(folder, step, part, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True, mmap=device == "meta")
     except OSError:
         raise
-    except Exception as e:                                  # a damaged file fails in many ways
+    except Exception as e:  # a damaged file fails in many ways
         raise Damaged(f"{path} is damaged ({one_line(e)})") from None
 
 
@@ -1035,8 +1035,8 @@ def retry(name, patience, attempt,
         try:
             return within(max(1.0, patience - (time.time() - start)), attempt)
         except (TypeError, LookupError, AttributeError):
-            raise                                           # a bug, here or there
-        except Exception as e:                              # downloads fail in many ways
+            raise  # a bug, here or there
+        except Exception as e:  # downloads fail in many ways
             replies = [getattr(error, "response", None) for error in (e, e.__cause__)]
             reply = next((r for r in replies if r is not None), None)
             status = 0 if reply is None else reply.status_code
@@ -1045,11 +1045,11 @@ def retry(name, patience, attempt,
                 raise DownloadError(f"{name}: the server answers {status}: {denied}") from None
             if 400 <= status < 500 and status not in (408, 429) or status == 501:
                 raise DownloadError(f"{text} ({status})") from None
-            if isinstance(e, ValueError):                   # no URL, no name of a repository ...
+            if isinstance(e, ValueError):  # no URL, no name of a repository ...
                 raise DownloadError(text) from None
             network = isinstance(e, (ConnectionError, TimeoutError))
             if isinstance(e, OSError) and e.errno and not network:
-                raise                                       # a disk: asking the server cannot help
+                raise  # a disk: asking the server cannot help
             asked = "" if reply is None else reply.headers.get("Retry-After", "")
             wait = max(pause, float(asked)) if asked.isdigit() else pause
             if time.time() - start + wait > patience:
@@ -1074,13 +1074,13 @@ def download(repo_id, filename, dest, repo_type="dataset", revision="main", pati
     from huggingface_hub import constants, hf_hub_download
     name, dest = f"{filename} of {repo_id}", Path(dest)
     where = dict(repo_type=repo_type, revision=revision)
-    part = dest.with_name(f".{dest.name}.part")     # a folder, in which huggingface_hub works
+    part = dest.with_name(f".{dest.name}.part")  # a folder, in which huggingface_hub works
     lock_path = dest.with_name(f".{dest.name}.lock")
 
     def attempt():
-        if part.is_file():                          # from another program
+        if part.is_file():  # from another program
             part.unlink()
-        if part.exists():                           # an earlier attempt, perhaps another program's
+        if part.exists():  # an earlier attempt, perhaps another program's
             kept = sum(path.stat().st_size for path in part.rglob("*.incomplete"))
             then = f"continuing after {kept:,} bytes" if kept else "starting over"
             print(f"{name} was interrupted: {then}", file=sys.stderr, flush=True)
@@ -1101,7 +1101,7 @@ def download(repo_id, filename, dest, repo_type="dataset", revision="main", pati
         if not dest.exists():
             about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
             retry(name, patience + (about.size or 0) / 1e6, attempt)
-        lock_path.unlink(missing_ok=True)           # whoever waits for it will find dest
+        lock_path.unlink(missing_ok=True)  # whoever waits for it will find dest
     return dest
 
 
@@ -1135,11 +1135,11 @@ class Env:
     rank: int
     world: int
     device: torch.device
-    dtype: torch.dtype                  # of activations
-    peak_flops: float | None            # of the device in bfloat16, dense, where known
-    compile: bool = False               # use torch.compile
-    micro: int = 1                      # most rows that go through the model at a time
-    control: object = None              # process group for data that are not on the device
+    dtype: torch.dtype  # of activations
+    peak_flops: float | None  # of the device in bfloat16, dense, where known
+    compile: bool = False  # use torch.compile
+    micro: int = 1  # most rows that go through the model at a time
+    control: object = None  # process group for data that are not on the device
 
 
 # In bfloat16, dense, without a power limit. "H100 PCIe" must come before "H100"
@@ -1160,7 +1160,7 @@ def setup_env(compile=None):
         peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a V100 only emulates it
     else:
-        mps = torch.backends.mps.is_available() and "RANK" not in os.environ    # gloo has no MPS
+        mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # gloo has no MPS
         device = torch.device("mps" if mps else "cpu")
     compile = device.type == "cuda" if compile is None else bool(compile)
     if device.type == "cuda" and compile:
@@ -1324,7 +1324,7 @@ def with_memory(env, n_rows, work):
         try:
             return work(micro)
         except torch.OutOfMemoryError:
-            pass                        # handled below: the exception keeps its tensors alive
+            pass  # handled below: the exception keeps its tensors alive
         if micro == 1:
             print(f"{env.device} has too little memory for one row at a time: use a smaller "
                   "--max-seq-len or --depth", file=sys.stderr)
@@ -1339,13 +1339,13 @@ def with_memory(env, n_rows, work):
 def accumulate_gradients(model, x, y, env):
     """Computes the gradients of the mean loss over all targets of a batch that are not -1. x and y,
     (rows, T) each, are the same on all processes; each runs its share. Returns the loss."""
-    counted = (y != -1).sum().clamp(min=1).to(env.device)   # of the whole batch: never 0
+    counted = (y != -1).sum().clamp(min=1).to(env.device)  # of the whole batch: never 0
     share = len(x) // env.world
     mine = slice(env.rank * share, (env.rank + 1) * share)
     x, y = (rows[mine].to(env.device).long() for rows in (x, y))
 
     def add_gradients(micro):
-        model.zero_grad()               # from an attempt that ran out of memory
+        model.zero_grad()  # from an attempt that ran out of memory
         size, total = largest_divisor(share, micro), 0.0
         for xs, ys in zip(x.split(size), y.split(size)):
             loss = model(xs, ys) / counted
@@ -1395,14 +1395,14 @@ class ValidationRows:
         """(bits per byte of the first n rows, their tokens, whether stop() was true). Targets that
         are -1 or have no bytes (special tokens) do not count. Each process sums its blocks in
         float64; the processes meet only at the end. One on which stop() is true skips its rest."""
-        total, n = torch.zeros(3, dtype=torch.float64), min(n, self.n)     # nats, bytes, stopped
+        total, n = torch.zeros(3, dtype=torch.float64), min(n, self.n)  # nats, bytes, stopped
         for first, rows in self.mine.items():
             if first >= n:
                 break
             if stop():
                 total[2] = 1
                 break
-            x, y = rows[:, :n - first].to(self.env.device).long()           # (B, T) each
+            x, y = rows[:, :n - first].to(self.env.device).long()  # (B, T) each
             size = self.nbytes[y.clamp(min=0)] * (y != -1)
             nats = self.losses(model, x, y) * (size > 0)
             total[0] += nats.cpu().double().sum()
@@ -1449,7 +1449,7 @@ class Run:
         if env.rank == 0:
             self.lock = lock_file(self.folder / ".lock",
                                   f"{folder} is in use by another run: wait for it or stop it")
-            for half_written in self.folder.glob(".*.tmp"):         # by a run that was killed
+            for half_written in self.folder.glob(".*.tmp"):  # by a run that was killed
                 half_written.unlink(missing_ok=True)
             newest = newest_checkpoint(self.folder)
         newest = from_rank_0(newest, env)
@@ -1513,7 +1513,7 @@ class Run:
         self.capture()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
                        signal.SIGXCPU):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:       # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.take_signal)
 
     def open_metrics(self):
@@ -1536,7 +1536,7 @@ class Run:
         while problem is None:
             try:
                 batch = stream.batch(n_rows)
-            except SystemExit as e:                         # a line that a user can act on
+            except SystemExit as e:  # a line that a user can act on
                 problem = str(e)
             except OSError as e:
                 problem = one_line(e)
@@ -1567,7 +1567,7 @@ class Run:
     def end_of_step(self, loss, done, lr_factor, **record):
         """Counts, prints and logs a step, and saves if a checkpoint is due. loss: a tensor. done:
         how much of the run is done now, 0 to 1."""
-        loss = loss.item()                                  # the step's one wait for the device
+        loss = loss.item()  # the step's one wait for the device
         step, loop = self.step + 1, self.now["loop_state"]
         self.now.update(step=step, done=done)
         if not math.isfinite(loss):
@@ -1629,7 +1629,7 @@ class Run:
             try:
                 self.metrics.write(json.dumps(record) + "\n")
                 self.metrics.flush()
-            except OSError as e:                            # a full disk: saves, if it can
+            except OSError as e:  # a full disk: saves, if it can
                 self.signal = f"metrics.jsonl cannot be written ({one_line(e)})"
 
     def take_signal(self, number, frame):
@@ -1654,7 +1654,7 @@ class Run:
     def end(self, why, status):
         """Ends the program before the run is done."""
         if self.env.rank == 0:
-            with contextlib.suppress(OSError):              # if the terminal is gone
+            with contextlib.suppress(OSError):  # if the terminal is gone
                 print(f"stopped at step {self.step}: {why}. The same command resumes from step "
                       f"{self.saved}", file=sys.stderr, flush=True)
         sys.exit(status)

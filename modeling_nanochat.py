@@ -33,7 +33,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 try:
     from transformers.utils.output_capturing import capture_outputs
-except ImportError:                                         # 5.0
+except ImportError:  # 5.0
     from transformers.utils.generic import check_model_inputs as capture_outputs
 
 # The names of the cache and of the mask's arguments depend on the version
@@ -51,7 +51,7 @@ def takes_cache(forward):
 
 # ---- Configuration -------------------------------------------------------------------------------
 
-DEFAULTS = dict(                        # of d18, which was trained on 4096 tokens at a time
+DEFAULTS = dict(  # of d18, which was trained on 4096 tokens at a time
     vocab_size=32768, hidden_size=1152, intermediate_size=3072, num_hidden_layers=18,
     num_attention_heads=9, head_dim=128, rms_norm_eps=1e-6, hidden_act="swiglu", use_rope=True,
     logn_scale=0.0, final_logit_softcapping=15.0, max_position_embeddings=32768,
@@ -65,8 +65,8 @@ class NanoChatConfig(PreTrainedConfig):
 
     model_type = "nanochat"
     keys_to_ignore_at_inference = [CACHE]
-    rope_scaling = rope_theta = None    # of transformers 4, only here to be refused
-    base_model_tp_plan = {              # how servers may shard the matrices
+    rope_scaling = rope_theta = None  # of transformers 4, only here to be refused
+    base_model_tp_plan = {  # how servers may shard the matrices
         "layers.*.self_attn.q_proj": "colwise", "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise", "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise",
@@ -89,7 +89,7 @@ class NanoChatConfig(PreTrainedConfig):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: this model only has {values}")
         rope = {"rope_type": "default", **(self.rope_parameters or {})}
-        rope.pop("original_max_position_embeddings", None)      # some servers put it there
+        rope.pop("original_max_position_embeddings", None)  # some servers put it there
         if rope != {"rope_type": "default", "rope_theta": rope.get("rope_theta") or "missing"}:
             raise ValueError(f"rope_parameters={rope}: this model only has a plain rope_theta")
 
@@ -144,23 +144,23 @@ class NanoChatAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         C, n_q, n_kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.num_key_value_groups = config.head_dim, n_q // n_kv
-        self.scaling = self.head_dim ** -0.5                # vLLM reads this attribute
+        self.scaling = self.head_dim ** -0.5  # vLLM reads this attribute
         self.q_proj = linear(C, n_q * self.head_dim, C ** -0.5)
         self.k_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
         self.v_proj = linear(C, n_kv * self.head_dim, C ** -0.5)
         self.o_proj = linear(n_q * self.head_dim, C, 0)
 
     def forward(self, x, rotary, scale, attention_mask, past, cache_position, **kwargs):
-        B, T, _ = x.shape                       # rotary: cos and sin, or None without RoPE
+        B, T, _ = x.shape  # rotary: cos and sin, or None without RoPE
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in projections)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         eps = self.config.rms_norm_eps
-        q, k = norm(q, eps).to(v.dtype), norm(k, eps).to(v.dtype)       # QK-norm, arXiv:2302.05442
+        q, k = norm(q, eps).to(v.dtype), norm(k, eps).to(v.dtype)  # QK-norm, arXiv:2302.05442
         if scale is not None:
-            q = (q * scale).to(v.dtype)         # scales the logits, whatever the kernel
-        if past is not None:                    # puts in this layer's T new tokens, gets all S
+            q = (q * scale).to(v.dtype)  # scales the logits, whatever the kernel
+        if past is not None:  # puts in this layer's T new tokens, gets all S
             more = kwargs if CACHE == "cache" else {"cache_position": cache_position}
             k, v = past.update(k, v, self.layer_idx, more)
         # transformers searches this file for the text ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -168,7 +168,7 @@ class NanoChatAttention(nn.Module):
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         y, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
-        return self.o_proj(y.reshape(B, T, -1)), weights                # y (B, T, n_head, head_dim)
+        return self.o_proj(y.reshape(B, T, -1)), weights  # y (B, T, n_head, head_dim)
 
 
 class NanoChatMLP(nn.Module):
@@ -208,16 +208,16 @@ class NanoChatPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": NanoChatDecoderLayer, "attentions": NanoChatAttention}
-    _no_split_modules = ["NanoChatDecoderLayer"]        # device_map must not split these
+    _no_split_modules = ["NanoChatDecoderLayer"]  # device_map must not split these
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
-    _supports_attention_backend = True                  # external kernels (vLLM and others)
-    _can_compile_fullgraph = True                       # allows static caches
+    _supports_attention_backend = True  # external kernels (vLLM and others)
+    _can_compile_fullgraph = True  # allows static caches
 
     def _init_weights(self, module):
         """As in model.py. transformers makes nn.init skip weights that a checkpoint has filled."""
         if hasattr(module, "init_std"):
-            bound = 3 ** 0.5 * module.init_std          # U(-a, a) has std a / sqrt(3)
+            bound = 3 ** 0.5 * module.init_std  # U(-a, a) has std a / sqrt(3)
             nn.init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, (nn.Embedding, nn.Linear)):
             nn.init.normal_(module.weight, std=0.8 if isinstance(module, nn.Embedding) else 0.001)
@@ -236,7 +236,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
         self.post_init()
 
     @takes_cache
-    @capture_outputs                        # collects hidden_states and attentions on request
+    @capture_outputs  # collects hidden_states and attentions on request
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
                 use_cache=None, **kwargs):
         """input_ids (B, T) or inputs_embeds (B, T, C) -> last_hidden_state (B, T, C), normalized.
@@ -250,9 +250,9 @@ class NanoChatModel(NanoChatPreTrainedModel):
         if use_cache is None:
             use_cache = config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            cache, use_cache = None, False          # a recomputed layer would fill it twice
+            cache, use_cache = None, False  # a recomputed layer would fill it twice
         position_ids, shared = self.place(x, attention_mask, position_ids, cache, kwargs)
-        if use_cache and cache is None:             # not before: see place()
+        if use_cache and cache is None:  # not before: see place()
             cache = DynamicCache(config=config)
         rotary = rotary_tables(position_ids, config, x.dtype) if config.use_rope else None
         scale = logit_scale(position_ids, config) if config.logn_scale else None
@@ -264,14 +264,14 @@ class NanoChatModel(NanoChatPreTrainedModel):
     def place(self, x, attention_mask, position_ids, cache, kwargs):
         """The position_ids of the new tokens x (B, T, C), and what the layers get: mask,
         positions."""
-        T, cache_position = x.size(1), kwargs.pop("cache_position", None)   # from generate() in 5.0
+        T, cache_position = x.size(1), kwargs.pop("cache_position", None)  # from generate() in 5.0
         needed = position_ids is None or "cache_position" in MASK_ARGUMENTS
-        if cache_position is None and needed:       # (a paged cache does not know its length)
+        if cache_position is None and needed:  # (a paged cache does not know its length)
             seen = cache.get_seq_length() if cache is not None else 0
             cache_position = torch.arange(T, device=x.device) + seen
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-            if attention_mask is not None and attention_mask.ndim == 2:     # do not count padding
+            if attention_mask is not None and attention_mask.ndim == 2:  # do not count padding
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
         shared = {"attention_mask": attention_mask, "position_ids": position_ids,
                   "cache_position": cache_position}
@@ -300,10 +300,10 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask,
                              position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep]).float()   # (B, T, vocab_size)
+        logits = self.lm_head(outputs.last_hidden_state[:, keep]).float()  # (B, T, vocab_size)
         cap, loss = self.config.final_logit_softcapping, None
         if cap:
-            logits = cap * torch.tanh(logits / cap)                         # arXiv:2408.00118
+            logits = cap * torch.tanh(logits / cap)  # arXiv:2408.00118
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels,
                                       vocab_size=self.config.vocab_size, **kwargs)

@@ -122,12 +122,12 @@ def resolve(cfg):
 @dataclass
 class Derived:
     config: GPTConfig
-    N: int                  # scaling parameters
-    batch_size: int         # tokens in a step
+    N: int  # scaling parameters
+    batch_size: int  # tokens in a step
     steps: int
-    switch: int | None      # the first step without RoPE; None: RoPE stays
-    lrs: dict               # peak learning rates
-    weight_decay: float     # of Muon, at the beginning
+    switch: int | None  # the first step without RoPE; None: RoPE stays
+    lrs: dict  # peak learning rates
+    weight_decay: float  # of Muon, at the beginning
 
 
 def derive(cfg, vocab_size):
@@ -200,7 +200,7 @@ class Shards:
             sys.exit(f"{self.folder} has {len(names)} .parquet files, but 2 are needed: the last "
                      "one by name is the validation set. Add some, or leave out --dataset local")
         *self.names, self.validation = sorted(names)
-        self.stats = {}                 # size and time of each file when it was hashed
+        self.stats = {}  # size and time of each file when it was hashed
 
     def fingerprint(self):
         """Identifies the training files: those of the hub by their hashes, local ones, which would
@@ -299,10 +299,10 @@ class PackedRows:
     def __init__(self, shards, names, enc, row_len, state=None, epochs=None):
         self.shards, self.names, self.row_len, self.epochs = shards, names, row_len, epochs
         self.enc, self.bos = enc, enc.encode_single_token("<|bos|>")
-        self.epoch = self.shard = self.group = self.row = 0     # place of the next document
-        self.n_groups = self.texts = None                         # of the shard being read
-        self.buffer, self.lengths = [], np.empty(0, np.int64)   # documents, and their tokens
-        self.seen = self.cut = 0                                # tokens
+        self.epoch = self.shard = self.group = self.row = 0  # place of the next document
+        self.n_groups = self.texts = None  # of the shard being read
+        self.buffer, self.lengths = [], np.empty(0, np.int64)  # documents, and their tokens
+        self.seen = self.cut = 0  # tokens
         self.found_text = bool(state)
         if state:
             self.resume(state)
@@ -321,7 +321,7 @@ class PackedRows:
                          f"({', '.join(read)}), or others as well: put just those back")
             known.update(read)
             for name in read if self.shards.cfg.dataset == "local" else ():
-                self.shards.hash(name)                      # the hub's are compared when opened
+                self.shards.hash(name)  # the hub's are compared when opened
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
             sys.exit(f"the loader's state does not fit the shards ({one_line(e)})")
 
@@ -380,8 +380,8 @@ class PackedRows:
             if not self.buffer:
                 return None
             fitting = np.where(self.lengths <= room, self.lengths, 0)
-            best = int(fitting.argmax())                    # the longest (ties: the earliest)
-            if fitting[best] == 0:                          # none fits
+            best = int(fitting.argmax())  # the longest (ties: the earliest)
+            if fitting[best] == 0:  # none fits
                 best = int(self.lengths.argmin())
                 self.cut += int(self.lengths[best]) - room
             row.append(self.buffer.pop(best)[:room])
@@ -520,7 +520,7 @@ def bench(cfg, env):
     """Prints one JSON line: the median time of 20 steps on random tokens, after 3 warm-up steps."""
     cfg.vocab_size = cfg.vocab_size or 32768
     derived = derive(cfg, cfg.vocab_size)
-    derived.steps = 1                                       # whatever the tpp
+    derived.steps = 1  # whatever the tpp
     n_rows = check_sizes(replace(cfg, drope=None), derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     model, compiled, optimizer = make_model(cfg, derived, env)
@@ -547,7 +547,7 @@ def bench(cfg, env):
     a = torch.randn(size, size, device=env.device, dtype=env.dtype)
     matmul_seconds = np.median([seconds(lambda: a @ a) for _ in range(10)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024         # a Mac counts bytes, Linux KiB
+    peak *= 1 if sys.platform == "darwin" else 1024  # a Mac counts bytes, Linux KiB
     peak = torch.cuda.max_memory_allocated() if cuda else peak
     speed = derived.batch_size / step_seconds
     flops, matmul = speed * model.flops_per_token() / env.world, 2 * size ** 3 / matmul_seconds
@@ -762,7 +762,7 @@ def main():
         if step % cfg.eval_every == 0:
             run.log_validation(*validate(cfg.eval_sample))
 
-        x, y = run.next_batch()                             # (rows, T) each
+        x, y = run.next_batch()  # (rows, T) each
         factor = set_schedules(optimizer, step, steps, derived.weight_decay)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()

@@ -737,7 +737,7 @@ def main():
     optimizer = build_optimizer(model, **lrs, weight_decay=0.0, compile=env.compile)
     if not run.source:
         fresh = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-        load_weights(model, optimizer, base, base_step, env.device)     # sets model.use_rope, too
+        load_weights(model, optimizer, base, base_step, env.device)  # sets model.use_rope, too
         for group, (lr, weight_decay) in zip(optimizer.param_groups, fresh):
             group.update(initial_lr=lr, weight_decay=weight_decay)
         run.say(f"starting from step {base_step} of {base}")
@@ -750,7 +750,7 @@ def main():
                  use_rope=model.use_rope, **reference)
     stream, held_out, data = open_data(cfg, enc, run)
     run.same_data(data)
-    total = from_rank_0(stream and len(stream.mixture), env)            # conversations
+    total = from_rank_0(stream and len(stream.mixture), env)  # conversations
     validation_rows = ValidationRows(held_out and held_out.filled, cfg.max_seq_len,
                                      token_bytes(enc), env)
     run.start(model, optimizer, stream, n_rows, tokenizer=run.recipe["tokenizer"],
@@ -765,14 +765,14 @@ def main():
     while run.done < 1:
         if run.step % cfg.eval_every == 0:
             validate()
-        x, y = run.next_batch()                                         # (rows, T) each
+        x, y = run.next_batch()  # (rows, T) each
         factor = set_schedules(optimizer, run.step, run.done)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()
         optimizer.zero_grad()
         run.end_of_step(loss, run.used / total, factor, conversations=run.used)
 
-    validate()                                              # the last checkpoint is saved by now
+    validate()  # the last checkpoint is saved by now
     if env.rank == 0:
         write_questions(cfg, run.folder / "questions.jsonl")
         position = run.position

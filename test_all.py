@@ -6,8 +6,8 @@
     python test_all.py -m bench -s          # benchmarks: each prints one line
 """
 import os
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")     # for the tests that want a GPU
-os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before torch is imported: other tests need float32
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")  # for the tests that want a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: other tests need float32
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("NANOCHAT_BASE_DIR", None)
 import ast, base64, contextlib, dataclasses, errno, hashlib, http.server, inspect, io, json
@@ -47,7 +47,7 @@ CPU = M.Env(0, 1, torch.device("cpu"), torch.float32, None)
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
            "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
 # ==== What the tests share ========================================================================
@@ -159,11 +159,11 @@ def run_here(monkeypatch, capsys):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for lock in Path(base).glob("*_checkpoints/*/.lock"):
-                lock.unlink()                               # the loader's thread still has it
+                lock.unlink()  # the loader's thread still has it
         said = "".join(capsys.readouterr())
         if not isinstance(code, str):
             return code, said
-        assert "\n" not in code                             # what Python prints, ending with 1
+        assert "\n" not in code  # what Python prints, ending with 1
         return 1, f"{said}{code}\n"
     return run
 
@@ -371,7 +371,7 @@ def reference_logits(model, ids):
     complex number times e^(-i angle)."""
     w = {name.removesuffix(".weight"): p.double() for name, p in model.state_dict().items()}
     c, T, D = model.config, len(ids), model.config.n_embd // model.config.n_head
-    t = torch.arange(T, dtype=torch.float64)[:, None]                   # (T, 1)
+    t = torch.arange(T, dtype=torch.float64)[:, None]  # (T, 1)
     angles = model.use_rope * t * 100_000.0 ** (-torch.arange(0, D, 2).double() / D)
     beta = (1 + model.logn_scale * torch.log((t + 1) / c.sequence_len)).clamp(min=1)
     future = torch.ones(T, T).triu(1).bool()
@@ -409,7 +409,7 @@ def test_the_model_equals_the_reference(use_rope, logn_scale):
     expected, got = reference_logits(model, ids[0]), model(ids)[0]
     assert got.dtype == torch.float32 and got.shape == (12, 70)
     assert (got - expected).abs().max() < 2e-4 * expected.abs().max()
-    assert expected.abs().max() > 5                         # or the softcap would not show
+    assert expected.abs().max() > 5  # or the softcap would not show
 
 
 @pytest.mark.parametrize("logn_scale", [0.0, 0.4])
@@ -456,7 +456,7 @@ def test_texts_are_continued_as_by_a_loop_without_a_cache():
     for n in (5, 1, 8):
         new = [ids[0] for ids in M.generate(model, [text], n, cache=cache)]
         assert new == slow(text, n) and cache.lengths.tolist() == [len(text) + n - 1]
-        text = text + new + [7]                             # what a user says next
+        text = text + new + [7]  # what a user says next
     drawn = list(M.generate(model, texts, 4, choose=lambda logits: torch.tensor([1, 2, 3])))
     assert drawn == [[1, 2, 3]] * 4
 
@@ -533,7 +533,7 @@ def test_bits_per_byte_by_hand(micro):
     model, stops = small_model(), []
     torch.nn.init.zeros_(model.lm_head.weight)
     nbytes = torch.tensor([1] * 35 + [3] * 34 + [0])
-    targets = [[0, 40, 69, -1], [34, 35, 36, 69]]           # 1 + 3 bytes, 1 + 3 + 3 bytes; 5 tokens
+    targets = [[0, 40, 69, -1], [34, 35, 36, 69]]  # 1 + 3 bytes, 1 + 3 + 3 bytes; 5 tokens
     made = iter(np.array([np.zeros((2, 4)), targets], np.int32).reshape(2, 2 // micro, micro, 4)
                 .swapaxes(0, 1))
     rows = M.ValidationRows(lambda n: next(made, None), 4, nbytes, replace(CPU, micro=micro))
@@ -580,7 +580,7 @@ def test_float8_rounds_the_factors_of_the_blocks_and_nothing_else(monkeypatch):
     evaluation, not on a CPU."""
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     values, scale = M.to_float8(torch.tensor([-3.0, 1.5, 0.4, 0.0]), e4)
-    assert values.dtype == e4 and values.float().tolist() == [-448, 224, 60, 0]     # 59.7 -> 60
+    assert values.dtype == e4 and values.float().tolist() == [-448, 224, 60, 0]  # 59.7 -> 60
 
     def rounded(tensor, dtype):
         values, scale = M.to_float8(tensor.detach(), dtype)
@@ -599,7 +599,7 @@ def test_float8_rounds_the_factors_of_the_blocks_and_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     M.set_fp8(model, replace(CPU, device=torch.device("cuda")))
     linears = [layer for layer in model.modules() if isinstance(layer, M.Linear) and layer.fp8]
-    assert len(linears) == 2 * 7 and model.lm_head not in linears       # 2 blocks
+    assert len(linears) == 2 * 7 and model.lm_head not in linears  # 2 blocks
     assert not torch.equal(model(ids), exact)
     with torch.no_grad():
         assert torch.equal(model(ids), exact)
@@ -743,7 +743,7 @@ def test_the_state_of_the_optimizer():
     assert groups[0].keys() >= fields | {"betas", "eps"}
     assert groups[2].keys() >= fields | {"momentum", "ns_steps", "beta2"}
     assert state[0].keys() == state[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
-    for i, shapes in ((2, [(8, 128, 128), (8, 128, 1)]),    # 2, 2 + 8, 2 + 8 + 2: the first of each
+    for i, shapes in ((2, [(8, 128, 128), (8, 128, 1)]),  # 2, 2 + 8, 2 + 8 + 2: the first of each
                       (10, [(2, 128, 384), (2, 1, 384)]), (12, [(4, 384, 128), (4, 384, 1)])):
         assert list(state[i]) == ["momentum_buffer", "second_momentum_buffer"]
         assert [tensor.shape for tensor in state[i].values()] == shapes
@@ -773,11 +773,11 @@ def slow_muon(p, grad, buf, second, lr, momentum, beta2, wd):
     rows, cols = p.shape
     norm = X.norm()
     for i in range(max(rows, cols)):
-        line = X[i] if rows >= cols else X[:, i]            # a view of X
+        line = X[i] if rows >= cols else X[:, i]  # a view of X
         second[i] = beta2 * second[i] + (1 - beta2) * line.square().mean()
         line /= second[i].sqrt()
     X = X * norm / X.norm()
-    agree = (X * p) >= 0                                    # the decay is left out elsewhere
+    agree = (X * p) >= 0  # the decay is left out elsewhere
     return p - lr * max(1, rows / cols) ** 0.5 * (X + wd * p * agree), buf, second
 
 
@@ -810,7 +810,7 @@ def test_adamw_equals_torch():
 
 
 def test_schedules_at_their_corners():
-    S, start = 2784, 974                                    # 65% of the steps are left there
+    S, start = 2784, 974  # 65% of the steps are left there
     assert [muon.lr_factor(i, S) for i in (0, 19, 39, 40, start)] == [1 / 40, 0.5, 1.0, 1.0, 1.0]
     quarters = [muon.lr_factor(q * S // 4, S) for q in (2, 3, 4)]
     assert quarters == pytest.approx([0.78, 0.415, 0.05], abs=1e-3)
@@ -844,7 +844,7 @@ def test_a_parameter_without_gradient_is_left_alone_and_the_others_step(kind, gr
 
 def test_sharded_parameters_are_refused():
     matrix = torch.nn.Parameter(torch.ones(2, 2))
-    matrix.full_tensor = None                               # as DTensor, the parameters of FSDP
+    matrix.full_tensor = None  # as DTensor, the parameters of FSDP
     with pytest.raises(ValueError, match="FSDP.*use DDP"):
         muon.MuonAdamW([dict(kind="muon", params=[matrix], lr=0.1)])
 
@@ -865,9 +865,9 @@ def test_a_group_that_cannot_be_is_one_line_that_shows_how_a_group_looks(group, 
     # each, and e is the smallest left id: ewe. So on to newest; lo w has 5. Of lo we and we r, with
     # 2 each, we is the smaller left id: wer. Then lower, and no pair is left
     ({"low": 5, "lower": 2, "newest": 6}, "we lo ewe newe st newest low wer lower"),
-    ({"bbb": 3, "xy": 5}, "bb xy bbb"),                 # overlapping pairs: b b is there 6 times
-    ({"a" * 4: 1}, "aa aaaa"), ({"a" * 7: 1}, "aa aaaa aaa aaaaaaa"),   # aa aa aa a: from the left
-    ({"a" * 5: 1}, "aa aaa aaaaa"),                     # aa aa a: once each, a is the smaller id
+    ({"bbb": 3, "xy": 5}, "bb xy bbb"),  # overlapping pairs: b b is there 6 times
+    ({"a" * 4: 1}, "aa aaaa"), ({"a" * 7: 1}, "aa aaaa aaa aaaaaaa"),  # aa aa aa a: from the left
+    ({"a" * 5: 1}, "aa aaa aaaaa"),  # aa aa a: once each, a is the smaller id
     ({"ab": 80, "xyz": 1}, "ab xy xyz"), ({"a": 9, "b": 1}, ""), ({}, "")])
 def test_merges_worked_by_hand(counts, merges):
     """All of them, until no pair is left."""
@@ -1074,14 +1074,14 @@ def test_the_corpus_is_always_the_same_and_keeps_what_it_validates_on_apart(tmp_
     assert 0.04 < len(texts[1]) / len(texts[0] + texts[1]) < 0.06
     assert not set(texts[0]) & set(texts[1]) and sum(map(len, texts[0])) > 1_000_000
     assert not set(pairs[0]) & set(pairs[1]) and len(pairs[0]) > 1000
-    for some, answers in zip(texts, pairs):                 # an answer is taken from its own shard
+    for some, answers in zip(texts, pairs):  # an answer is taken from its own shard
         text = " ".join(" ".join(some).split())
         told = {*demo.EXAMPLES.values(), demo.WHO[1]}
         assert all(answer in text or answer in told for answer in list(answers.values())[::50])
     assert pairs[0]["What is len for?"] == demo.EXAMPLES["len"]
 
 
-STREAM = torch.cat([torch.tensor([431]), torch.arange(400)]).repeat(3)     # <|bos|> and a text
+STREAM = torch.cat([torch.tensor([431]), torch.arange(400)]).repeat(3)  # <|bos|> and a text
 
 
 def key_of(fact):
@@ -1098,7 +1098,7 @@ def test_rows_tell_four_facts_and_ask_for_them_and_a_prompt_has_one_right_answer
         assert len({key_of(row[i]) for i in told}) == len(told) == len(asked) == 4
         for i in asked:
             assert key_of(row[i + 1]) == row[i] and row[i + 1] in [row[j] for j in told]
-        for i in range(128):                                # weight[i]: of predicting row[i + 1]
+        for i in range(128):  # weight[i]: of predicting row[i + 1]
             assert weight[i] == (0 if i + 1 in told + asked else 5 if i in asked else 1), i
     for *context, question, answer in demo.prompts(STREAM, 300, 96, torch.Generator()).tolist():
         facts = [token for token in context if token >= demo.FACT]
@@ -1131,12 +1131,12 @@ def test_the_workers_of_the_demonstration_end_with_it(tmp_path, whom, sent, stat
     """Whether it is killed or stopped; and it ends with one line if a worker is killed."""
     (tmp_path / "workers.py").write_text(WORKERS)
     process = start(tmp_path / "workers.py", base=tmp_path)
-    said = [process.stdout.readline() for _ in range(3)]    # the head, and two numbers of processes
+    said = [process.stdout.readline() for _ in range(3)]  # the head, and two numbers of processes
     workers = [int(line) for line in said if line.strip().isdecimal()]
     paths = [Path(f"/proc/{pid}/cmdline") for pid in workers]
     assert len(workers) == 2 and all(path.exists() for path in paths)
     os.kill(process.pid if whom == "parent" else workers[0], sent)
-    _, err = process.communicate(timeout=60)                # returns when the workers have ended
+    _, err = process.communicate(timeout=60)  # returns when the workers have ended
     assert process.returncode == status and says in err, err
     assert err.count("\n") == 1 or sent == signal.SIGKILL, err
     assert not any(path.exists() and path.read_bytes() for path in paths)
@@ -1151,7 +1151,7 @@ def test_drope_is_rope_until_the_switch(monkeypatch):
                                  torch.Generator().manual_seed(3))
     assert [sum(flags) for flags in seen] == [4, 2, 3, 0]
     assert all(flags == sorted(flags, reverse=True) and len(flags) == 4 for flags in seen)
-    assert losses["RoPE"][:2] == losses["DroPE 50"][:2]     # the same weights and rows
+    assert losses["RoPE"][:2] == losses["DroPE 50"][:2]  # the same weights and rows
     assert losses["RoPE"][2] != losses["DroPE 50"][2]
 
 
@@ -1230,12 +1230,12 @@ def test_packed_rows_of_ten_tokens(tmp_path):
     enc, bos = write_tokenizer(tmp_path / "tok"), 256
     shards = local_shards(tmp_path, ["dddddd", "ee", "a" * 12, "ff", "gggg"])
     stream = pretrain.PackedRows(shards, shards.names, enc, row_len=10, epochs=1)
-    x, y = stream.batch(5)                                  # there are three
-    assert x.tolist() == [[bos, *b"aaaaaaaa"],              # 12 letters do not fit: 9, and 3
+    x, y = stream.batch(5)  # there are three
+    assert x.tolist() == [[bos, *b"aaaaaaaa"],  # 12 letters do not fit: 9, and 3
                           [bos, *b"dddddd", bos, *b"e"],
                           [bos, *b"gggg", bos, *b"aaa"]]
     assert y.tolist() == [[*b"aaaaaaaaa"], [*b"dddddd", bos, *b"ee"], [*b"gggg", bos, *b"aaa", bos]]
-    assert (stream.seen, stream.cut) == (32, 2)             # of ff only its <|bos|> was used
+    assert (stream.seen, stream.cut) == (32, 2)  # of ff only its <|bos|> was used
 
 
 def naive_best_fit(lengths, row_len, buffer, chunk, cut):
@@ -1264,13 +1264,13 @@ def test_packing_equals_naive_best_fit_and_loses_no_document(tmp_path):
     enc = write_tokenizer(tmp_path / "tok", [b" t", b"he"])
     texts = some_texts(1664, longest=200) + [None, "", "1666: the last of all"]
     shards = local_shards(tmp_path, texts[:512], texts[512:1024], texts[1024:])
-    documents = [[258] + enc.encode_ordinary(text or "") for text in texts]     # 258 is <|bos|>
+    documents = [[258] + enc.encode_ordinary(text or "") for text in texts]  # 258 is <|bos|>
     stream, got = pretrain.PackedRows(shards, shards.names, enc, 250, epochs=1), []
     while (row := stream.next_row()) is not None:
         got.append(row.tolist())
     rows = naive_best_fit([len(d) for d in documents], 250, 1000, 128, cut=True)
     assert sorted(n for row in rows for n, _ in row) == list(range(1667))
-    assert len(got) == len(rows) - 1 > 500                  # the last one is not filled
+    assert len(got) == len(rows) - 1 > 500  # the last one is not filled
     for row, expected in zip(got, rows):
         assert row == [token for n, size in expected for token in documents[n][:size]]
     assert stream.seen == sum(map(len, documents)) and 0 < stream.cut < 0.05 * stream.seen
@@ -1298,12 +1298,12 @@ def test_packing_resumes_from_its_state_after_any_row(tmp_path):
 
 # ---- A run and its files -------------------------------------------------------------------------
 
-STEPS_20 = 20.5 * 1024 / 253_952        # tpp for 20 steps of 1,024 tokens: N is 253,952 at depth 1
+STEPS_20 = 20.5 * 1024 / 253_952  # tpp for 20 steps of 1,024 tokens: N is 253,952 at depth 1
 TINY = ("--depth", 1, "--dataset", "local", "--max-seq-len", 64, "--total-batch-size", 1024,
         "--eval-tokens", 2048, "--eval-sample", 1024, "--eval-every", 8, "--save-every", 5,
         "--matrix-lr", 0.2, "--embedding-lr", 3, "--tpp", STEPS_20)
 DROPE = (*TINY, "--drope", 50, "--tag", "drope")
-TRUNK = pretrain.name_of(1, STEPS_20, None)                 # the tag of such a run with RoPE
+TRUNK = pretrain.name_of(1, STEPS_20, None)  # the tag of such a run with RoPE
 
 
 def records(folder):
@@ -1496,18 +1496,18 @@ def test_a_finished_model_is_recalibrated_or_trained_further(init_base, trunk_ba
     assert meta["recipe"]["init"] == name and f"# init = {TRUNK}\n" in said
     assert f"starting from the weights of step 20 of {source}, where in the data" in said
     lines = records(folder)
-    assert ("val_bpb_with_rope" in lines[0]) == (drope == 0)        # RoPE is dropped before step 0
+    assert ("val_bpb_with_rope" in lines[0]) == (drope == 0)  # RoPE is dropped before step 0
     model, end = M.load_model(source)[0], final(source)[1]
     position = {**end["dataloader_state_dict"], "tokens": torch.empty(0, dtype=torch.int32),
                 "lengths": torch.empty(0, dtype=torch.int64)}
-    assert position["row"] + position["rg_idx"] > 0                 # not at the beginning
+    assert position["row"] + position["rg_idx"] > 0  # not at the beginning
     cfg = pretrain.Config(**{**meta["user_config"], "plan": (), "keep": ""})
     shards, enc = pretrain.Shards(cfg), M.load_tokenizer(init_base / "tokenizer")
     x, y = torch.from_numpy(pretrain.PackedRows(shards, shards.names, enc, 65, position).batch(16))
     model.use_rope = drope is None
     assert lines[-1]["step"] == 10 and losses(folder)[0] == pytest.approx(
         (model(x.long(), y.long()) / y.numel()).item(), rel=1e-5)
-    if drope == 0:                      # stopped in step 7 and resumed: the same tensors
+    if drope == 0:  # stopped in step 7 and resumed: the same tensors
         shutil.move(folder, init_base / "whole")
         next_batch, seen = M.Run.next_batch, []
 
@@ -1574,7 +1574,7 @@ def test_two_jobs_fetch_each_shard_once_and_undamaged_past_every_fault(hub, tmp_
     data = tmp_path / "data" / "climbmix"
     got = {path.name: path.read_bytes() for path in data.glob("*.parquet")}
     assert got == hub.files and not any(hub.faults.values())
-    assert {path.name for path in data.iterdir()} == {*hub.files, "index.json"}     # no leftovers
+    assert {path.name for path in data.iterdir()} == {*hub.files, "index.json"}  # no leftovers
     assert json.loads((data / "index.json").read_text())["revision"] == hub.revision
     assert sorted(hub.bodies) == sorted([*got, *hub.faults])
 
@@ -1583,7 +1583,7 @@ def test_a_hub_that_goes_away_costs_no_step(hub, drope_run, tiny_base, tmp_path)
     """It has one shard and then fails: the run trains on what is there, saves, says why, and later
     ends in the same tensors. It asks for the next two shards, and no more."""
     (tmp_path / "tokenizer").symlink_to(tiny_base / "tokenizer")
-    texts = some_texts(700, 0)                              # tiny_base's first shard, in two
+    texts = some_texts(700, 0)  # tiny_base's first shard, in two
     for i, some in enumerate((texts[:384], texts[384:], ["a"], ["b"], ["c"])):
         path = write_shard(tmp_path / f"shard_{i:05d}.parquet", some, 128)
         hub.files[path.name] = path.read_bytes()
@@ -1621,7 +1621,7 @@ def test_patience_limits_the_total_also_of_a_server_that_answers_too_slowly(
     assert elapsed(fail) < 4
     args = ("pretrain.py", "--fetch", 2, "--patience", 1)
     seconds = elapsed(lambda: script(*args, base=tmp_path, env=hub.env, status=1))
-    assert seconds < 25 and not (tmp_path / "x").exists()       # of which torch takes some to start
+    assert seconds < 25 and not (tmp_path / "x").exists()  # of which torch takes some to start
 
 
 @pytest.mark.parametrize("where, says", [
@@ -1653,7 +1653,7 @@ def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatc
 def test_a_request_to_stop_is_followed_while_data_are_awaited(capsys):
     run = M.Run.__new__(M.Run)
     def get(timeout):
-        assert run.signal is None                           # asked once, not for ever
+        assert run.signal is None  # asked once, not for ever
         run.take_signal(signal.SIGTERM, None)
         raise queue.Empty
     run.env, run.signal, run.batches = CPU, None, types.SimpleNamespace(get=get)
@@ -1795,7 +1795,7 @@ def test_other_data_than_it_began_with_stop_a_run(half_way, tiny_base, tmp_path,
     (tmp_path / "data").unlink()
     shutil.copytree(tiny_base / "data", tmp_path / "data")
     folder = tmp_path / "data" / "climbmix"
-    if "stealthily" in change:                              # as if its end had stayed the same
+    if "stealthily" in change:  # as if its end had stayed the same
         damage(folder / "shard_00000.parquet")
         cfg = pretrain.Config(dataset="local", data_dir=str(folder))
         same_end = pretrain.Shards(cfg).fingerprint()
@@ -1926,7 +1926,7 @@ def test_one_run_at_a_time_in_a_folder(half_way, tmp_path, refused):
     half.touch()
     with M.lock_file(half_way / ".lock", "busy"):
         refused(pretrain, DROPE, [str(half_way), "in use by another run"], tmp_path)
-    assert half.exists()                                    # the other run is writing it
+    assert half.exists()  # the other run is writing it
 
 
 @pytest.mark.parametrize("name, row, says", [
@@ -2016,7 +2016,7 @@ def test_gsm8k_in_the_order_of_datasets_shuffle_with_seed_42(sft_home, split):
     rows = [{"question": f"q{i}", "answer": f"a <<{i}*2={2 * i}>>b <<7>>"} for i in range(8)]
     hub_file(sft_home, f"gsm8k/{split}-00000-of-00001.parquet", rows)
     n, conversation, _ = sft.gsm8k(sft_config(sft_home), split.replace("test", "val"))
-    order = [3, 4, 2, 7, 6, 1, 5, 0]                        # default_rng(42).permutation(8)
+    order = [3, 4, 2, 7, 6, 1, 5, 0]  # default_rng(42).permutation(8)
     assert [conversation(i)[0]["content"] for i in range(n)] == [f"q{i}" for i in order]
     parts = [(part["type"], part["text"]) for part in conversation(0)[1]["content"]]
     assert parts == [("text", "a "), ("python", "3*2"), ("python_output", "6"), ("text", "b "),
@@ -2034,7 +2034,7 @@ def test_bad_tulu_rows_are_dropped_and_the_last_of_the_shuffled_are_held_out(sft
     file.parent.mkdir(parents=True)
     file.write_text("\n".join([*lines, '{"id": 1}', '{"messages": [', "[]"]))
     rows = []
-    for split, expected in (("train", 57), ("val", 3)):     # a twentieth of a small file
+    for split, expected in (("train", 57), ("val", 3)):  # a twentieth of a small file
         n, conversation, _ = sft.tulu(sft_config(sft_home), split)
         assert n == expected
         rows += [conversation(i) for i in range(n)]
@@ -2081,7 +2081,7 @@ def test_a_file_of_the_web_is_fetched_until_it_is_whole(hub, sft_home, monkeypat
     assert sft.identity(config, "train")[0] == 20 and not hub.faults["x.jsonl"]
     name = f"http%3A%2F%2F127.0.0.1%3A{hub.server_port}%2Fx.jsonl"  # another server, another file
     assert (sft_home / "data/sft" / name).read_bytes() == good
-    with pytest.raises(M.DownloadError, match="404"):          # no use in asking again
+    with pytest.raises(M.DownloadError, match="404"):  # no use in asking again
         M.download_url(f"{hub.url}/missing", sft_home / "missing", 600)
 
 
@@ -2145,9 +2145,9 @@ def test_inputs_and_targets(tmp_path):
     x, y = sft.Packer(mixture, enc, 17).batch(2)
     assert x.tolist() == [question + answer + [BOS] * 7, [BOS] * 16]
     assert y.tolist() == [[-1] * 5 + answer + [-1] * 8, [-1] * 16]
-    x, y = sft.Packer(mixture, enc, 8).batch(1)             # T = 7: "yo" loses its o
+    x, y = sft.Packer(mixture, enc, 8).batch(1)  # T = 7: "yo" loses its o
     assert x.tolist() == [question + [*b"y"]] and y.tolist() == [[-1] * 5 + [*b"y", -1]]
-    assert sft.Packer(mixture, enc, 17).filled(2).shape == (2, 1, 16)       # no row of padding
+    assert sft.Packer(mixture, enc, 17).filled(2).shape == (2, 1, 16)  # no row of padding
 
 
 def test_a_conversation_with_nothing_to_learn_in_a_row_is_skipped(tmp_path):
@@ -2207,7 +2207,7 @@ def sft_args(tmp_path_factory):
     return ("--tag", "drope_long", "--conversations", folder / "mine.jsonl", "--words", folder /
             "words.txt", "--spelling-rows", 30, "--bee-rows", 4, "--max-seq-len", 128,
             "--total-batch-size", 512, "--eval-every", 4, "--eval-tokens", 512, "--save-every", 2,
-            "--init-lr-frac", 0.4)          # at 0.8 rounding errors grow a thousandfold
+            "--init-lr-frac", 0.4)  # at 0.8 rounding errors grow a thousandfold
 
 
 @pytest.fixture(scope="session")
@@ -2234,7 +2234,7 @@ def test_a_run_starts_with_the_base_and_uses_every_conversation(
     assert losses(sft_run, "val_bpb")[-1] < losses(sft_run, "val_bpb")[0]
     base, cfg = sft_run.parents[1], M.parse_config(sft.Config, "", [str(arg) for arg in sft_args])
     enc = M.load_tokenizer(base / "tokenizer")
-    x, y = sft.Packer(sft.open_mixture(cfg, "train"), enc, 129).batch(4)        # the first step's
+    x, y = sft.Packer(sft.open_mixture(cfg, "train"), enc, 129).batch(4)  # the first step's
     model, _ = M.load_model(base / "base_checkpoints" / "drope")
     loss = model(torch.tensor(x).long(), torch.tensor(y).long()) / (y != -1).sum()
     assert loss.item() == pytest.approx(losses(sft_run)[0], rel=1e-5)
@@ -2305,7 +2305,7 @@ def sft_half_way(sft_run, sft_args, tiny_base, tmp_path):
     ("mine_val.jsonl", ["conversations (validation) = 8 rows"]),
     ("mine.jsonl", ["conversations = "])])
 def test_files_are_compared_by_content_and_may_move(sft_half_way, run_here, name, words):
-    base, files, args = sft_half_way                        # they have moved already
+    base, files, args = sft_half_way  # they have moved already
     if name:
         text = (files / name).read_text()
         (files / name).write_text(text.replace("apple", "grape"))
@@ -2395,7 +2395,7 @@ def test_a_run_killed_at_random_ends_in_the_same_tensors(stage, kills):
                     break
             until = time.time() + (5 if n % 3 == 0 else rng.uniform(0, 0.1))
             while time.time() < until and process.poll() is None:
-                if n % 3 == 0 and list(folder.glob(".*.tmp")):      # a file half written
+                if n % 3 == 0 and list(folder.glob(".*.tmp")):  # a file half written
                     break
             process.kill()
         newest = M.newest_checkpoint(folder)
@@ -2468,14 +2468,14 @@ def test_intervals_and_p_worked_by_hand():
     # 8 of 10: centre (8 + 1.9208) / 13.8416, half width 1.96 / 13.8416 x sqrt(1.6 + 0.9604)
     assert M.wilson(8, 10) == pytest.approx([0.8, 0.490157, 0.943319], abs=2e-6)
     assert M.wilson(0, 10) == pytest.approx([0.0, 0.0, 3.8416 / 13.8416])
-    a = [True] * 9 + [False] + [True] * 50 + [False] * 7            # 9 to 1: only prompts that
-    b = [False] * 9 + [True] + [True] * 50 + [False] * 7            # differ count
+    a = [True] * 9 + [False] + [True] * 50 + [False] * 7  # 9 to 1: only prompts that
+    b = [False] * 9 + [True] + [True] * 50 + [False] * 7  # differ count
     assert ev.mcnemar(a, b) == ev.mcnemar(b, a) == 2 * (1 + 10) / 1024 and ev.mcnemar(a, a) == 1
     x = np.random.default_rng(1).normal(5, 1, 400)
     mean, low, high = ev.bootstrap(x, np.ones(400))
     assert mean == pytest.approx(x.mean())
     assert high - low == pytest.approx(2 * 1.96 * x.std() / 20, abs=0.02)
-    assert ev.bootstrap([3.0, 1.0], [1.0, 3.0]) == [1]      # a ratio of sums; too few for more
+    assert ev.bootstrap([3.0, 1.0], [1.0, 3.0]) == [1]  # a ratio of sums; too few for more
     assert [len(ev.bootstrap([1.0] * n, [1] * n)) for n in (9, 10)] == [1, 3]
 
 
@@ -2489,15 +2489,15 @@ def test_scaled_rope_changes_only_contexts_beyond_the_training_length(scaling):
     ev.set_arm(model, "", 0.0)
     assert torch.equal(model(ids), long)
     tables = [M.rotary_tables(512, 64, "cpu"), ev.scaled_tables(512, 64, "cpu", 256, scaling)]
-    plain, slower = [torch.atan2(sin[1], cos[1]) for cos, sin in tables]    # angles of position 1
+    plain, slower = [torch.atan2(sin[1], cos[1]) for cos, sin in tables]  # angles of position 1
     ratio = plain / slower
-    assert ratio[[0, -1]].tolist() == pytest.approx([1, 2], abs=1e-4)       # fastest, slowest
+    assert ratio[[0, -1]].tolist() == pytest.approx([1, 2], abs=1e-4)  # fastest, slowest
     assert (ratio.diff() > -1e-4).all()
 
 
 def test_bits_per_byte_are_those_of_the_last_tokens_and_c_has_the_least_loss(eval_texts):
     """c is fitted on all tokens beyond the training length, of texts that are not tested on."""
-    model, n = random_model(), 32                           # an eighth of the training length
+    model, n = random_model(), 32  # an eighth of the training length
     assert len(eval_texts.fit) == 2 and len(eval_texts.documents) == 8
     hay = eval_texts.enc.decode(eval_texts.hay)
     assert not any(document in eval_texts.documents for document in eval_texts.fit)
@@ -2506,9 +2506,9 @@ def test_bits_per_byte_are_those_of_the_last_tokens_and_c_has_the_least_loss(eva
     for m in (1, 4):
         rows = torch.tensor([[256] + document[-256 * m:] for document in eval_texts.documents])
         logits = model(rows[:, :-1])[:, -n:]
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, -n:].flatten())    # a token is a byte
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, -n:].flatten())  # a token is a byte
         bits[m] = loss.item() / math.log(2)
-        assert summary[str(m)]["bpb"] == pytest.approx([bits[m]], rel=1e-5)     # no interval from 8
+        assert summary[str(m)]["bpb"] == pytest.approx([bits[m]], rel=1e-5)  # no interval from 8
     cropped = ev.text_bits(model, eval_texts, [2, 4], True)
     assert cropped["4"]["bits"] == cropped["2"]["bits"] == summary["1"]["bits"]
     assert ev.change(summary["4"], cropped["4"])[0] == pytest.approx(bits[4] - bits[1], abs=1e-4)
@@ -2526,7 +2526,7 @@ def test_bits_per_byte_are_those_of_the_last_tokens_and_c_has_the_least_loss(eva
 @pytest.mark.parametrize("kind, told, asked", [
     ("single", 1, 1), ("multi-key", 4, 1), ("multi-value", 4, 4), ("multi-query", 4, 4)])
 def test_a_prompt_holds_needles_and_asks_for_them(eval_texts, kind, told, asked, i):
-    random.seed(i)                                          # must not matter
+    random.seed(i)  # must not matter
     prompt, decode = ev.make_prompt(eval_texts, 900, kind, i), eval_texts.enc.decode
     ids, n_tail, answers, places = prompt
     assert len(ids) == 901 and ids[0] == 256 and ev.make_prompt(eval_texts, 900, kind, i) == prompt
@@ -2537,11 +2537,11 @@ def test_a_prompt_holds_needles_and_asks_for_them(eval_texts, kind, told, asked,
     assert len(set(hidden)) == len(hidden) == told and len(questions) == asked
     assert set(questions) <= set(hidden) and len({value for _, value in hidden}) == told
     assert len({key for key, _ in hidden}) == (told if kind in ("multi-key", "multi-query") else 1)
-    assert kind != "multi-value" or questions == hidden     # in the order of the text
+    assert kind != "multi-value" or questions == hidden  # in the order of the text
     assert [decode(ids[-n_tail:][answer]) for answer in answers] == [v for _, v in questions]
     assert sorted(decode(ids[place:place + 6]) for place in places) == sorted(
         f"{value}.\n" for _, value in questions)
-    depth = (places[0] - 30) / 900 if asked == 1 else 0     # 5, 55 or 95% of the text, roughly
+    depth = (places[0] - 30) / 900 if asked == 1 else 0  # 5, 55 or 95% of the text, roughly
     assert asked > 1 or abs(depth - (i + 0.5) / 10) < 0.12 or told == 4
     blank = ev.make_prompt(eval_texts, 900, kind, i, without=True)
     assert len(blank.ids) == 901 and blank.ids[-n_tail:] == ids[-n_tail:] and not blank.places
@@ -2556,7 +2556,7 @@ class Copier(torch.nn.Module):
     def __init__(self, window, blind=False):
         super().__init__()
         self.config, self.window, self.blind = M.GPTConfig(sequence_len=400), window, blind
-        self.lm_head = torch.nn.Linear(1, 265)              # says the device and the vocabulary
+        self.lm_head = torch.nn.Linear(1, 265)  # says the device and the vocabulary
 
     def forward(self, ids, last):
         logits = torch.zeros(1, last, 265)
@@ -2577,10 +2577,10 @@ def test_a_copier_finds_what_it_sees_and_cropping_has_that_ceiling(eval_texts):
     for window, cropped, rates in ((9999, False, [1, 1, 1]), (9999, True, [1, 0.5, 0.2]),
                                    (400, False, [1, 0.5, 0.2])):
         summary = ev.needles(Copier(window), eval_texts, [0.1, 1, 2, 4], cropped, "single", 10)
-        assert list(summary) == ["1", "2", "4"]             # 40 tokens are no prompt
+        assert list(summary) == ["1", "2", "4"]  # 40 tokens are no prompt
         assert [point["rate"][0] for point in summary.values()] == rates
         assert [point["ceiling"] for point in summary.values()] == [1, 0.5, 0.2]
-        assert summary["1"]["gain"][1] > 0.5                # without the needle it cannot know
+        assert summary["1"]["gain"][1] > 0.5  # without the needle it cannot know
 
 
 @pytest.mark.parametrize("kind", ["multi-key", "multi-query"])
@@ -2612,16 +2612,16 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
         "as trained": ["text"]}
     assert "t is not evaluated" in run_here(ev, ("t", "--quick", "--table"), tmp_path)[1]
     out += run_here(ev, args, tmp_path)[1]
-    assert out.count("  as trained, text: ") == 2           # of both runs: one for a tag
+    assert out.count("  as trained, text: ") == 2  # of both runs: one for a tag
 
     data, other = [json.loads((f / "eval_quick.json").read_text()) for f in (folder, dropped)]
     assert list(data["parts"]) == list(ev.ARMS) and list(other["parts"]) == list(ev.ARMS)[:3]
     tests = ["text", "single", "multi-key", "multi-value", "multi-query"]
     assert list(data["parts"]["NTK, c fitted"]) == ["fit", *tests]
     assert list(data["parts"]["as trained"]["single"]) == ["0.5", "1", "2", "4"]
-    assert list(data["parts"]["as trained"]["multi-key"]) == ["1", "2", "4"]    # 128 are too few
-    assert list(data["parts"]["NTK"]["multi-key"]) == ["2", "4"]    # up to 1x all are the same
-    model = M.load_model(dropped)[0]                                # evaluated without RoPE
+    assert list(data["parts"]["as trained"]["multi-key"]) == ["1", "2", "4"]  # 128 are too few
+    assert list(data["parts"]["NTK"]["multi-key"]) == ["2", "4"]  # up to 1x all are the same
+    model = M.load_model(dropped)[0]  # evaluated without RoPE
     assert data["key"]["use_rope"] and not other["key"]["use_rope"] and not model.use_rope
     expected = ev.text_bits(model, ev.Texts(shard, "text", enc, SMALL), [1], False)["1"]["bpb"]
     assert other["parts"]["as trained"]["text"]["1"]["bpb"] == pytest.approx(expected)
@@ -2639,7 +2639,7 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
         for name in ("needles", "text_bits", "fit_scale"):
             patch.setattr(ev, name, lambda *args: pytest.fail("tested again"))
         assert table in run_here(ev, args, tmp_path)[1]
-    write_checkpoint(folder, random_model(5))               # the same step, other weights
+    write_checkpoint(folder, random_model(5))  # the same step, other weights
     _, out = run_here(ev, (*args, "--table"), tmp_path)
     assert f"{folder / 'eval_quick.json'} belongs to another checkpoint" in out
     for name, result in (("needles", {}), ("text_bits", {}), ("fit_scale", dict(c=0.4, n=1))):
@@ -2647,7 +2647,7 @@ def test_an_evaluation_resumes_and_gives_table_and_figures(tmp_path, monkeypatch
     _, out = run_here(ev, args, tmp_path)
     assert "belongs to another checkpoint" in out
     assert len(re.findall(r"\n  .*, multi-key: \d+ s", out)) == 7
-    assert M.folder_of("base", "t_drope_50_long") == dropped       # the base model of a long tag
+    assert M.folder_of("base", "t_drope_50_long") == dropped  # the base model of a long tag
 
 
 def test_another_validation_file_than_that_of_the_run_is_refused(drope_run, tiny_base, tmp_path,
@@ -2711,7 +2711,7 @@ def test_the_conclusion_compares_the_best_arm_with_the_best_control():
         _, head, _, needle_line, text_line, _, other_head, *_ = lines
         assert (head, other_head) == ("a, b at 4x:", "c at 4x:")
         assert needles in needle_line and text in text_line, lines
-    lines = ev.conclude({"b": of_40(15, True, 7, "NTK")}, "4")      # RoPE alone: against cropping
+    lines = ev.conclude({"b": of_40(15, True, 7, "NTK")}, "4")  # RoPE alone: against cropping
     assert lines[3].startswith("- multi-key: 0.375 (b, NTK), best control 0.200 (b, cropped)")
     nothing = of_40(0, False, 7)
     nothing["parts"]["cropped"] = nothing["parts"]["c fitted"]
@@ -2759,7 +2759,7 @@ def test_the_calculator_refuses_all_but_arithmetic_and_count(call, monkeypatch):
     def checked(text, names):
         assert re.fullmatch(r"[\d.+\-*/%() ]*", text) and "**" not in text and len(text) <= 200
         return eval(text, names)
-    monkeypatch.setattr(chat_py, "eval", checked, raising=False)    # no name reaches Python's own
+    monkeypatch.setattr(chat_py, "eval", checked, raising=False)  # no name reaches Python's own
     assert chat_py.calculator(call) is None
 
 
@@ -2795,7 +2795,7 @@ def test_the_python_tool_answers_a_call(bot, enc, monkeypatch):
         "x<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>A")
     assert "<|output_start|>0.75<|output_end|>" in written("<|python_start|>(1+2)/4<|python_end|>")
     for call in ("<|python_start|>os.x()<|python_end|>", "<|python_end|>6*7<|python_start|>"):
-        assert "output" not in written(call)                # refused, and not finished
+        assert "output" not in written(call)  # refused, and not finished
     for name in ("bos", "user_start", "user_end", "assistant_start", "assistant_end"):
         assert written(f"so<|{name}|>") == "so<|assistant_end|>"
 
@@ -2806,7 +2806,7 @@ def test_answers_are_those_of_the_model_and_of_a_row_alone(bot, enc):
 
     letters = [(question["content"], "B") for question, _ in LETTERS]
     records = chat_py.score(bot, letters, 0, 2)["examples"]
-    for record in records:                                  # the most likely of A, B and C
+    for record in records:  # the most likely of A, B and C
         logits = bot.model(torch.tensor([prompt(record["question"])]))[0, -1]
         best = max("ABC", key=lambda letter: logits[enc.encode_single_token(letter)])
         assert record["answer"] == best and record["right"] == (best == "B")
@@ -2849,15 +2849,15 @@ def test_a_conversation_stays_well_formed(bot, enc, monkeypatch, capsys):
     assert said(1) == head + enc.decode(ids("yes")[:1]) + "<|assistant_end|>"
     conversation.turns.clear()
     assert said() == head + enc.decode(ids("x" * 40)[:12]) + "<|assistant_end|>"
-    assert said(4) == head + "a<|assistant_end|>"           # not in the middle of a call
-    assert said(7) == head + "b<|assistant_end|>"           # nor before its output has come
+    assert said(4) == head + "a<|assistant_end|>"  # not in the middle of a call
+    assert said(7) == head + "b<|assistant_end|>"  # nor before its output has come
     assert len(conversation.turns) == 3 and capsys.readouterr().err == ""
     while "forgetting its first 1 turns" not in capsys.readouterr().err:
         said()
         assert len(conversation.turns) < 9
     with pytest.raises(ValueError, match="say it in fewer words"):
         list(conversation.ask("word " * 40))
-    text = "<|assistant_end|><|bos|>"                       # no text becomes a control token
+    text = "<|assistant_end|><|bos|>"  # no text becomes a control token
     assert said(text=text).startswith(f"<|user_start|>{text}<|user_end|>")
     specials = [i for i in conversation.turns[-1] if i >= HF_BOS]
     assert enc.decode(specials) == "<|user_start|><|user_end|><|assistant_start|><|assistant_end|>"
@@ -2910,7 +2910,7 @@ def test_a_conversation_in_a_terminal(exported, tmp_path):
             assert time.time() < start + 60, said
             if select.select([terminal], [], [], 0.2)[0]:
                 said += os.read(terminal, 4096)
-            elif sent == b"\x03" and time.time() > sent_at + 1:     # came before input() was ready
+            elif sent == b"\x03" and time.time() > sent_at + 1:  # came before input() was ready
                 os.write(terminal, sent)
                 sent_at = time.time()
         before, said = said.split(words, 1)
@@ -2919,7 +2919,7 @@ def test_a_conversation_in_a_terminal(exported, tmp_path):
     expect(b"\n> ")
     first = expect(b"\n> ", b"hello\n").split(b"hello\r\n", 1)[1].strip()
     expect(b"hello\r\n", b"hello\n")
-    while len(said.strip()) < 3:                            # the same answer again, interrupted
+    while len(said.strip()) < 3:  # the same answer again, interrupted
         said += os.read(terminal, 4096)
     half = expect(b"\n> ", b"\x03").replace(b"^C", b"").strip()
     assert 3 <= len(half) < len(first)
@@ -2927,7 +2927,7 @@ def test_a_conversation_in_a_terminal(exported, tmp_path):
     expect(b"> ", b"/clear\n")
     expect(b"hello\r\n", b"hello\n")
     assert expect(b"\n> ").strip() == first
-    expect(b"\n> ", b"\x03")                                # at the prompt
+    expect(b"\n> ", b"\x03")  # at the prompt
     os.write(terminal, b"\x04")
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)
@@ -2945,7 +2945,7 @@ def test_one_answer_for_scripts(exported, run_here, monkeypatch):
         assert wanted in said and status == (wanted != answer)
     for args, words in ((["no", "--prompt", "x"], "no checkpoint in"), ([], "which model?"),
                         (["a", "b"], "which model?"), (["d3_9tpp"], "nothing to answer")):
-        monkeypatch.setattr(sys, "stdin", None)             # closed
+        monkeypatch.setattr(sys, "stdin", None)  # closed
         status, said = run_here(chat_py, args, exported)
         assert status == 1 and words in said.splitlines()[-1], said
 
@@ -2955,7 +2955,7 @@ def test_scores_are_kept_and_shown_in_one_table(own, monkeypatch, run_here):
     _, out = run_here(chat_py, args, own)
     parts = json.loads((own / "chatsft_checkpoints/d3_9tpp/chat.json").read_text())["parts"]
     cells = ["{:.3f} [{:.3f}, {:.3f}] of 3".format(*parts[name]["rate"])
-             for name in ("mmlu", "spellingbee")]           # no GSM8K
+             for name in ("mmlu", "spellingbee")]  # no GSM8K
     stops = f"{parts['spellingbee']['stops'][0]:.2f}"
     assert f"| d3_9tpp | {cells[0]} | - | {cells[1]} | {stops} |" in out and out.count("\n|") == 4
     monkeypatch.setattr(chat_py, "score", lambda *args: pytest.fail("asked again"))
@@ -2977,7 +2977,7 @@ def test_the_final_answer(text, number):
 # ==== export_hf.py: exports, and publishing them ==================================================
 
 TAGS = {"d3_9tpp": True, "d3_9tpp_drope_50": False, "d3_9tpp_drope_50_long": False}
-HF_BOS, HF_STOP = 503, 507                    # <|bos|> and <|assistant_end|>, of 512 ids
+HF_BOS, HF_STOP = 503, 507  # <|bos|> and <|assistant_end|>, of 512 ids
 
 
 def export_model(seed, use_rope):
@@ -2993,7 +2993,7 @@ def exported(tok_made, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         for seed, (tag, use_rope) in enumerate(TAGS.items()):
-            if not tag.endswith("_long"):                   # it shares the base of the others
+            if not tag.endswith("_long"):  # it shares the base of the others
                 write_checkpoint(base / "base_checkpoints" / tag, export_model(seed, use_rope))
             write_checkpoint(base / "chatsft_checkpoints" / tag, export_model(10 + seed, use_rope))
             export_hf.main(["--tag", tag])
@@ -3046,10 +3046,10 @@ def test_rope_stays_off_from_checkpoint_to_fine_tuning_to_both_exports(sft_run, 
         ours, meta = M.load_model(base / stage / tag)
         assert meta["finished"] and meta["loop_state"]["use_rope"] is ours.use_rope is False
         theirs, ids = load(base / export / tag), torch.randint(0, ours.config.vocab_size, (2, 90))
-        ours = ours.bfloat16().float()                      # as the export has the weights
+        ours = ours.bfloat16().float()  # as the export has the weights
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
         ours.use_rope = True
-        assert (theirs(ids).logits - ours(ids)).abs().max() > 1e-3      # it would be noticed
+        assert (theirs(ids).logits - ours(ids)).abs().max() > 1e-3  # it would be noticed
     base_tag, said, chat_tag, chat_said = run_here(pretrain, ["--status"], base)[1].splitlines()[:4]
     assert base_tag.endswith("base_checkpoints/drope, exported")
     assert re.sub(r"\d\.\d{3}\b", "X", said.strip()) == (
@@ -3126,7 +3126,7 @@ def test_an_unfinished_model_replaces_no_export_and_is_not_published(own, capsys
     last, before = M.checkpoint_files(base, 10), contents(folder)
     damaged, meta = last["model"].read_bytes()[1:], last["meta"].read_bytes()
     write_checkpoint(base, export_model(5, True), step=4)
-    last["model"].write_bytes(damaged)                      # so step 4 is the newest
+    last["model"].write_bytes(damaged)  # so step 4 is the newest
     last["meta"].write_bytes(meta)
     for more in ([], ["--push", "me", "--dry-run"]):
         with pytest.raises(SystemExit, match="step 4 of 10.*finish"):
@@ -3136,7 +3136,7 @@ def test_an_unfinished_model_replaces_no_export_and_is_not_published(own, capsys
     export_hf.main(["--push", "me", "--all", "--dry-run"])
     out = capsys.readouterr().out
     assert "skipping d3_9tpp: " in out and out.count("me/nanochat-") == 8
-    shutil.rmtree(folder)                                   # without one it may be looked at
+    shutil.rmtree(folder)  # without one it may be looked at
     export_hf.main(["--tag", "d3_9tpp", "--stage", "base"])
     assert json.loads((folder / "export.json").read_text())["finished"] is False
 
@@ -3177,8 +3177,8 @@ def test_push_fills_four_repositories(online, own, capsys):
     assert not online.log and capsys.readouterr().out.count("me/nanochat-d3-9tpp-drope-50-") == 4
     weights = own / "hf_sft" / "d3_9tpp_drope_50" / "model.safetensors"
     good = weights.read_bytes()
-    truncate(weights)                                       # it is mended before it is sent
-    online.damage = "model_000010.pt"                       # what arrived damaged is sent again
+    truncate(weights)  # it is mended before it is sent
+    online.damage = "model_000010.pt"  # what arrived damaged is sent again
     export_hf.main(push)
     said = capsys.readouterr()
     assert "what arrived of model_000010.pt is not what was sent" in said.err
@@ -3193,11 +3193,11 @@ def test_push_fills_four_repositories(online, own, capsys):
     assert set(hf_base) == {"README.md", *visible(own / "hf_base" / "d3_9tpp_drope_50")}
     assert hf_chat["model.safetensors"] == good == weights.read_bytes()
     assert hf_chat["README.md"].startswith(b"---\nlicense: mit\n")
-    assert pickle.loads(base["tokenizer/tokenizer.pkl"]).n_vocab == 512     # made a moment ago
+    assert pickle.loads(base["tokenizer/tokenizer.pkl"]).n_vocab == 512  # made a moment ago
     nbytes = torch.load(io.BytesIO(base["tokenizer/token_bytes.pt"]), weights_only=True).tolist()
     assert nbytes[:256] == [1] * 256 and nbytes[503:] == [0] * 9
 
-    online.log.clear()                                      # again: only what the hub has otherwise
+    online.log.clear()  # again: only what the hub has otherwise
     hf_chat["config.json"] = b"{}"
     export_hf.main(push)
     assert sum("/commit/" in path for path in online.log) == 1
@@ -3210,7 +3210,7 @@ def test_who_may_publish_and_read(online, own, refused, monkeypatch):
         online.refuse = status
         refused(export_hf, push, ["HF_TOKEN", "write"], own)
         refused(export_hf, ["--pull", "me/nanochat-d3-9tpp"], ["HF_TOKEN"], own)
-    assert len(online.log) < 16                             # retries would be ten times as many
+    assert len(online.log) < 16  # retries would be ten times as many
     online.refuse = None
     export_hf.main(push)
     assert online.private == set(online.repos) and len(online.repos) == 4
@@ -3259,10 +3259,10 @@ def test_pull_brings_a_tag_back(online, own, tmp_path, monkeypatch, capsys, publ
         assert (back / "chatsft_checkpoints" / tag / file).exists() is not public
     capsys.readouterr()
     n_downloads = len(online.bodies)
-    export_hf.main(["--pull", f"{name}-long-hf-sft"])       # again: only the small files
+    export_hf.main(["--pull", f"{name}-long-hf-sft"])  # again: only the small files
     assert set(online.bodies[n_downloads:]) == {"tokenizer.json", "meta_000010.json"}
     capsys.readouterr()
-    if public:                          # its fine-tuning says nothing of the rows
+    if public:  # its fine-tuning says nothing of the rows
         change_meta(back / "chatsft_checkpoints" / tag, 10, lambda meta: meta.pop("max_seq_len"))
     export_hf.main(["--tag", tag, "--push", "me", "--dry-run"])
     assert capsys.readouterr().out.count("README.md") == 4
@@ -3396,8 +3396,8 @@ def test_logits_equal_those_of_model_py(pair, kernel):
     """Past the training length too; with padding on either side; of two documents in a row."""
     ours, theirs = pair
     theirs.set_attn_implementation(kernel)
-    two = torch.cat([torch.arange(12), torch.arange(28)])[None]         # position_ids
-    with torch.compiler.set_stance("force_eager"):                      # flex compiles for a minute
+    two = torch.cat([torch.arange(12), torch.arange(28)])[None]  # position_ids
+    with torch.compiler.set_stance("force_eager"):  # flex compiles for a minute
         for T in (1, 2, 37, 150):
             assert equal(theirs(random_ids(2, T)).logits, ours(random_ids(2, T)))
         for side in ("left", "right"):
@@ -3420,11 +3420,11 @@ def test_generation_with_a_cache_equals_a_loop_without(pair):
             row = torch.cat([row, ours(row[None])[0, -1].argmax()[None]])
         rows[i] = row[-12:]
     settings = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=HF_BOS,
-                    eos_token_id=9999)                                  # never
+                    eos_token_id=9999)  # never
     for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         got = theirs.generate(ids, **settings, **more)[:, -12:]
         assert torch.equal(got, torch.stack(rows)), more
-    ids, cache, pieces = random_ids(2, 30), None, []                    # in chunks
+    ids, cache, pieces = random_ids(2, 30), None, []  # in chunks
     for part in ids.split([11, 1, 13, 5], dim=1):
         out = theirs(part, use_cache=True, **{hf.CACHE: cache})
         cache = getattr(out, hf.CACHE)
@@ -3455,7 +3455,7 @@ def test_continuous_batching_writes_the_same_as_generate(pair):
     small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     together = theirs.generate_batch(inputs=texts, generation_config=config,
                                      continuous_batching_config=small)
-    theirs.set_attn_implementation("sdpa")                  # not the paged kernel any more
+    theirs.set_attn_implementation("sdpa")  # not the paged kernel any more
     assert sorted(out.generated_tokens for out in together.values()) == sorted(
         row.tolist() for row in alone)
 
@@ -3492,7 +3492,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(exported, reentrant):
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert all(g.any() and torch.allclose(g, h, atol=1e-6) for g, h in zip(*gradients))
-    said = model.generate(ids, max_new_tokens=8, do_sample=False)   # and so do samples on the way
+    said = model.generate(ids, max_new_tokens=8, do_sample=False)  # and so do samples on the way
     assert torch.equal(said, model.eval().generate(ids, max_new_tokens=8, do_sample=False))
 
 
@@ -3614,7 +3614,7 @@ def test_a_text_gets_a_bos_and_a_chat_that_is_tokenized_later_keeps_its_one(chat
     assert set(batch) == {"input_ids", "attention_mask"} and batch.attention_mask[0][0] == 0
     want = chat_tok.apply_chat_template(CHAT, return_dict=False)
     assert chat_tok(text, add_special_tokens=False).input_ids == want and want.count(HF_BOS) == 1
-    if request.node.callspec.params["chat_tok"]:            # transformers' own class adds a second
+    if request.node.callspec.params["chat_tok"]:  # transformers' own class adds a second
         assert chat_tok.apply_chat_template(CHAT) == chat_tok.encode(text) == want
         assert chat_tok([text, "Hi", "<|bos|>Hi"]).input_ids == [want, hi, hi]
         assert chat_tok(["<|bos|>Hi"], is_split_into_words=True).input_ids == hi
@@ -3672,7 +3672,7 @@ def test_text_that_spells_a_control_token_stays_text(exported, enc, chat_tok):
         assert chat_ids(chat_tok, whole) == chat_ids(chat_tok, parts) == want, text
         rendered = chat_tok.apply_chat_template(parts, tokenize=False)
         assert alone.encode(rendered, add_special_tokens=False).ids == want[0]
-    for text in ("<\ufdd0|", "<\ufdef|", guard, guard + "|", "<\ufdd0\ufdd0|"):     # of a document
+    for text in ("<\ufdd0|", "<\ufdef|", guard, guard + "|", "<\ufdd0\ufdd0|"):  # of a document
         assert chat_tok.decode(chat_tok.encode(text, add_special_tokens=False)) == text
 
 
@@ -3744,7 +3744,7 @@ def test_a_chat_ends_at_the_stop_token(exported):
                                            return_tensors="pt", return_dict=True)
     n = inputs["input_ids"].shape[1]
     free = model.generate(**inputs, eos_token_id=None, **more)[0]
-    with torch.no_grad():                                   # the stop token wins where this one did
+    with torch.no_grad():  # the stop token wins where this one did
         model.lm_head.weight[HF_STOP] = model.lm_head.weight[free[n + 3]] * 1.05
     out = model.generate(**inputs, **more)[0]
     assert len(free) == n + 8 and out[-1] == HF_STOP and len(out) <= n + 4
@@ -3755,12 +3755,12 @@ def test_a_chat_ends_at_the_stop_token(exported):
 BAD_JSON = [b"", b"{}", b"null", b"[]", b"7", b'"x"', b"{", b"\xff\xfe", b"[" * 9999,
             b'{"step": 10}', b'{"model_config": null}', b'{"model_config": {}}']
 META_HARM = [
-    lambda meta: meta["model_config"].update(n_layer=3),                    # layers are missing
+    lambda meta: meta["model_config"].update(n_layer=3),  # layers are missing
     lambda meta: meta["model_config"].update(n_layer=100_000),
     lambda meta: meta["model_config"].update(n_embd=None),
-    lambda meta: meta["model_config"].update(window_pattern="SSSL"),        # upstream's own today
+    lambda meta: meta["model_config"].update(window_pattern="SSSL"),  # upstream's own today
     lambda meta: meta["model_config"].pop("n_head"), lambda meta: meta.update(step="10"),
-    lambda meta: meta.pop("loop_state"),                    # a chat checkpoint of the public repo
+    lambda meta: meta.pop("loop_state"),  # a chat checkpoint of the public repo
     lambda meta: meta.update(loop_state=[]), lambda meta: meta["loop_state"].update(use_rope=1),
     lambda meta: meta.update(user_config=None), lambda meta: meta.update(sha256={"x": 1}),
     lambda meta: meta.update(sha256=[]), lambda meta: meta.update(val_bpb="low")]
@@ -3780,7 +3780,7 @@ def test_a_bad_meta_file_is_one_line_in_every_script(tiny_base, tmp_path, run_he
     enc = M.load_tokenizer(base / "tokenizer")
     write_checkpoint(folder, small_model(vocab=enc.n_vocab))
     path = folder / "meta_000010.json"
-    if content == "truncated weights":                      # of a checkpoint without sha256
+    if content == "truncated weights":  # of a checkpoint without sha256
         truncate(folder / "model_000010.pt")
     elif callable(content):
         change_meta(folder, 10, content)
@@ -3961,13 +3961,13 @@ def test_the_plans_of_the_release_and_of_the_tiny_run(clone):
     assert steps == {"d18_9tpp": ["2,784", "2.92B"], "d18_20tpp": ["6,187", "6.49B"],
                      "d20_9tpp": ["3,763", "3.95B"], "d20_20tpp": ["8,362", "8.77B"],
                      "d20_40tpp": ["16,725", "17.54B"]}
-    said = [" ".join(row) for row in plan.values()]         # 20 tags, of which 14 pretrain:
+    said = [" ".join(row) for row in plan.values()]  # 20 tags, of which 14 pretrain:
     assert sum("from scratch" in row for row in said) == 5
     assert sum("from step" in row for row in said) == 9
-    assert sum("that of" in row for row in said) == 6       # the _long ones
+    assert sum("that of" in row for row in said) == 6  # the _long ones
     tags = dict(TAGS="d2_3tpp d2_3tpp_drope_33", TOK="--vocab-size 1024")
     out = driver(folder, "release --dry-run", **tags).stdout.splitlines()
-    assert "from step" not in "".join(out)                  # 33% is not kept
+    assert "from step" not in "".join(out)  # 33% is not kept
     d2 = pretrain.derive(pretrain.Config(depth=2, tpp=3), vocab_size=1024)
     assert out[1].split()[:2] == ["d2_3tpp", f"{d2.steps:,}"]
     result = driver(folder, "--dry-run")
@@ -4027,14 +4027,14 @@ def test_without_a_gpu_the_cpu_build_of_torch_is_tried_first(clone, tmp_path, si
     assert rest.endswith("-r requirements.txt -r requirements-dev.txt PATIENCE=")
     assert ("installing the default one" in said) == silent
     assert (folder / ".venv" / "cpu").exists() != silent
-    assert installs()[0] == []                              # it is there already
+    assert installs()[0] == []  # it is there already
     write_program(tools / "nvidia-smi", "true")
     assert len(installs()[0]) == (0 if silent else 1)
 
 
 def test_the_active_environment_is_used_if_nothing_is_missing(clone):
     folder = clone(RECORD)
-    (folder / "requirements.txt").unlink()                  # a link
+    (folder / "requirements.txt").unlink()  # a link
     (folder / "requirements.txt").write_text("# needed\ntorch==2.13.0\nno_such_package>=1\n")
     env = {**driver_env(VENV="no"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(["bash", folder / "run_all.sh", "status"], cwd=folder, env=env,
