@@ -1588,7 +1588,7 @@ def test_a_hub_that_goes_away_costs_no_step(hub, drope_run, tiny_base, tmp_path)
         path = write_shard(tmp_path / f"shard_{i:05d}.parquet", some, 128)
         hub.files[path.name] = path.read_bytes()
     hub.faults = {"shard_00001.parquet": [503] * 99}
-    args = ("pretrain.py", *DROPE, "--dataset", "x/y", "--patience", 3, "--save-every", 1000)
+    args = ("pretrain.py", *DROPE, "--dataset", "x/y", "--patience", 1, "--save-every", 1000)
     folder = tmp_path / "base_checkpoints" / "drope"
     said = script(*args, base=tmp_path, env=hub.env, status=1)
     [step] = M.checkpoint_steps(folder)
@@ -1905,7 +1905,7 @@ def test_another_recipe_is_refused_and_the_field_named(half_way, tmp_path, refus
 
 
 @pytest.mark.parametrize("dataset, mend", [
-    ("local", "put the right file there"), ("x/y", "delete it, and it is fetched again")])
+    ("local", "put the right file there"), ("x/y", "delete it to download it again")])
 def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, dataset, mend):
     local_shards(tmp_path, ["a"])
     bad = tmp_path / "shard_00000.parquet"
@@ -2405,13 +2405,14 @@ def test_a_run_killed_at_random_ends_in_the_same_tensors(stage, kills):
     assert_same_run(reference, folder)
 
 
-def test_a_run_moves_from_four_processes_to_one(stage, run_here):
+def test_a_run_moves_from_several_processes_to_one(stage, run_here):
     """The one takes two rows at a time. The optimizer's state is a file that any number of them can
     load."""
     module, args, base, folder, reference = stage
-    script(f"{module.__name__}.py", *args, base=base, processes=4)
+    processes = 4 if module is pretrain else 2
+    script(f"{module.__name__}.py", *args, base=base, processes=processes)
     step, meta = final(folder)
-    assert meta["processes"] == 4
+    assert meta["processes"] == processes
     assert_near(folder, reference)
     for path in M.checkpoint_files(folder, step).values():
         path.unlink()
