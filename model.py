@@ -280,7 +280,7 @@ class GPT(nn.Module):
         chunk = chunk or (4096 if idx.is_cuda else 512)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.start(T)
         rotary = q_scale = None
-        if self.use_rope:  # DroPE: the only line that knows of it
+        if self.use_rope:  # DroPE: the switch; nothing else here knows of it
             rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
             rotary = rotary.unbind()  # cos, sin: (..., T, 1, head_dim) each
         if self.logn_scale:  # never in training
@@ -830,7 +830,7 @@ MODEL_LIMITS = dict(sequence_len=2 ** 24, vocab_size=2 ** 24, n_layer=999, n_hea
                     n_kv_head=999, n_embd=2 ** 17)
 META_NUMBERS = ("val_bpb", "switch", "min_val_bpb", "smooth_train_loss", "total_training_time")
 META_FIELDS = dict(step=int, model_config=dict, loop_state=dict, user_config=dict, recipe=dict,
-                   data=dict, sha256=dict, steps=int, finished=bool, tokenizer=str, done=float,
+                   data=dict, sha256=dict, steps=int, finished=bool, tokenizer=str, progress=float,
                    metrics_bytes=int, validation_file=str)
 
 
@@ -999,9 +999,9 @@ def load_model(folder, device="cpu", dtype=torch.float32):
 
 # Downloads
 
-class DownloadError(SystemExit):
-    """A download failed for good. As a SystemExit it passes `except Exception`; unless caught, it
-    ends the program with one line."""
+class DataError(SystemExit):
+    """A data file is missing, unusable, or cannot be downloaded. As a SystemExit it passes `except
+    Exception`; unless caught, it ends the program with one line."""
 
 
 def within(seconds, work):
@@ -1028,7 +1028,7 @@ def within(seconds, work):
 def retry(name, patience, attempt,
           denied="it does not exist, or the token in HF_TOKEN may not read or write it"):
     """Repeats attempt() for `patience` seconds in total, with growing pauses, or the pause that the
-    server asks for (Retry-After). Raises DownloadError at the end, or at once if repeating cannot
+    server asks for (Retry-After). Raises DataError at the end, or at once if repeating cannot
     help. denied: what to do about the statuses 401 and 403."""
     start, pause = time.time(), 1.0
     while True:
@@ -1042,18 +1042,18 @@ def retry(name, patience, attempt,
             status = 0 if reply is None else reply.status_code
             text = f"{name}: {one_line(e)}"
             if status in (401, 403):
-                raise DownloadError(f"{name}: the server answers {status}: {denied}") from None
+                raise DataError(f"{name}: the server answers {status}: {denied}") from None
             if 400 <= status < 500 and status not in (408, 429) or status == 501:
-                raise DownloadError(f"{text} ({status})") from None
+                raise DataError(f"{text} ({status})") from None
             if isinstance(e, ValueError):  # no URL, no name of a repository ...
-                raise DownloadError(text) from None
+                raise DataError(text) from None
             network = isinstance(e, (ConnectionError, TimeoutError))
             if isinstance(e, OSError) and e.errno and not network:
                 raise  # a disk: asking the server cannot help
             asked = "" if reply is None else reply.headers.get("Retry-After", "")
             wait = max(pause, float(asked)) if asked.isdigit() else pause
             if time.time() - start + wait > patience:
-                raise DownloadError(f"{text}; gave up after {patience:.0f} s") from None
+                raise DataError(f"{text}; gave up after {patience:.0f} s") from None
             print(f"{text}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait)
             pause = min(2 * pause, 60.0)
@@ -1095,7 +1095,7 @@ def download(repo_id, filename, dest, repo_type="dataset", revision="main", pati
     if dest.exists():
         return dest
     if constants.HF_HUB_OFFLINE:
-        raise DownloadError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids downloads")
+        raise DataError(f"{name} is not at {dest}, and HF_HUB_OFFLINE forbids downloads")
     busy = f"{name}: another process has been downloading it for more than {patience:.0f} s"
     with lock_file(lock_path, busy, patience):
         if not dest.exists():
@@ -1270,6 +1270,11 @@ def largest_of_all(numbers, env):
     return numbers
 
 
+def barrier(env):
+    """Waits for all processes. (torch's own would use the device.)"""
+    largest_of_all([0], env)
+
+
 def from_rank_0(value, env):
     """Sends a small Python value of rank 0 to all processes; returns it."""
     values = [value]
@@ -1430,20 +1435,21 @@ class Run:
     """A training run and its folder: lock, starting point, batches, metrics.jsonl, requests to
     stop, and checkpoints.
 
-    self.now is what a checkpoint holds besides weights, optimizer and position in the data.
-    end_of_step() copies it to self.saveable. From there to the next next_batch(), weights and
-    self.saveable belong together, and save() may be called; after next_batch() the weights change.
-    So a run is saved when a checkpoint is due, and when it has to end: it was asked to stop, or has
-    no more data. A resumed run starts over with the first thing of a step, be it the switch or a
-    validation, and ends with the same tensors: to the bit on a CPU, to rounding on a GPU, where
-    sums have no fixed order."""
+    A checkpoint describes the moment between two steps. At the end of a step, capture() notes the
+    counters, the size of metrics.jsonl, and the loader's state right after the batch just used (a
+    batch that waits in the queue does not count). Weights are not copied: save() writes them as
+    they are, so it may only be called before the next step changes them. That is why requests to
+    stop are only noted when they come, and obeyed in next_batch() and validate(). What precedes
+    next_batch() in a step, the switch or a validation, is simply done again after resuming. A
+    resumed run ends with the same tensors: to the bit on a CPU, to rounding on a GPU, where sums
+    have no fixed order."""
 
     def __init__(self, folder, cfg, recipe, env):
         """Locks the folder and finds its newest checkpoint. recipe: names and values of what
         changes the weights, which must equal the checkpoint's. env: see setup_env."""
         self.folder, self.cfg, self.recipe, self.env = Path(folder), cfg, recipe, env
-        self.source, self.meta, self.signal = None, {}, None
-        self.now = dict(step=0, done=0.0, val_bpb=None, loop_state=dict(
+        self.source, self.meta, self.stop_reason = None, {}, None
+        self.now = dict(step=0, progress=0.0, val_bpb=None, loop_state=dict(
             min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0))
         newest = None
         if env.rank == 0:
@@ -1463,9 +1469,9 @@ class Run:
         return self.now["step"]
 
     @property
-    def done(self):
+    def progress(self):
         """How much of the run is done, 0 to 1."""
-        return self.now["done"]
+        return self.now["progress"]
 
     def difference(self, meta, but=()):
         """How a checkpoint's recipe differs from this run's (fields in `but` aside), or ""."""
@@ -1509,12 +1515,13 @@ class Run:
             self.open_metrics()
             self.position, self.batches = stream.state(), queue.Queue(maxsize=1)
             threading.Thread(target=self.make_batches, args=(stream, n_rows), daemon=True).start()
-        self.started, self.done_before, self.saved = time.time(), self.done, self.step
+        self.started, self.progress_before, self.saved = time.time(), self.progress, self.step
         self.capture()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP,
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT,
                        signal.SIGXCPU):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.take_signal)
+            signal.signal(number, self.take_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
+            signal.signal(signal.SIGHUP, self.take_signal)
 
     def open_metrics(self):
         """Opens metrics.jsonl, cut to its size when the checkpoint was made."""
@@ -1536,6 +1543,7 @@ class Run:
         while problem is None:
             try:
                 batch = stream.batch(n_rows)
+                problem = "the data have run out" if batch is None else None
             except SystemExit as e:  # a line that a user can act on
                 problem = str(e)
             except OSError as e:
@@ -1551,25 +1559,25 @@ class Run:
         batch = problem = position = None
         while not ready:
             with contextlib.suppress(queue.Empty):
-                if self.env.rank == 0 and not self.signal:
+                if self.env.rank == 0 and not self.stop_reason:
                     batch, problem, position = self.batches.get(timeout=0.5)
-            ready, failed, stop, used = largest_of_all(
-                [batch is not None, bool(problem), bool(self.signal),
-                 (position or {}).get("used", 0)], self.env)
+            # All processes must decide the same: what any of them says counts for all
+            ready, failed, stop = largest_of_all(
+                [batch is not None, bool(problem), bool(self.stop_reason)], self.env)
             if stop:
                 self.stop()
             if failed:
                 self.save()
                 self.end(problem, 1)
-        self.waited, self.position, self.used = time.time() - self.step_began, position, used
+        self.waited, self.position = time.time() - self.step_began, position
         return rows_from_rank_0(batch, self.shape, self.env)
 
-    def end_of_step(self, loss, done, lr_factor, **record):
-        """Counts, prints and logs a step, and saves if a checkpoint is due. loss: a tensor. done:
-        how much of the run is done now, 0 to 1."""
+    def end_of_step(self, loss, progress, lr_factor, **record):
+        """Counts, prints and logs a step, and saves if a checkpoint is due. loss: a tensor.
+        progress: how much of the run is done now, 0 to 1."""
         loss = loss.item()  # the step's one wait for the device
         step, loop = self.step + 1, self.now["loop_state"]
-        self.now.update(step=step, done=done)
+        self.now.update(step=step, progress=progress)
         if not math.isfinite(loss):
             self.not_finite(f"the loss of step {step} is {loss}")
         seconds = time.time() - self.step_began
@@ -1579,15 +1587,15 @@ class Run:
         speed = self.cfg.total_batch_size / seconds
         flops = speed * self.model.flops_per_token() / self.env.world
         mfu = f" | mfu {100 * flops / self.env.peak_flops:.1f}%" if self.env.peak_flops else ""
-        left = (time.time() - self.started) / (done - self.done_before) * (1 - done)
-        left = datetime.timedelta(seconds=round(left))
-        self.say(f"step {step:05d} | {100 * done:5.1f}% | loss {smooth:.4f} | lr {lr_factor:.3f} | "
-                 f"{speed:,.0f} tok/s{mfu} | {seconds:.2f} s | left {left}")
+        rate = (progress - self.progress_before) / (time.time() - self.started)
+        left = datetime.timedelta(seconds=round((1 - progress) / rate))
+        self.say(f"step {step:05d} | {100 * progress:5.1f}% | loss {smooth:.4f} | "
+                 f"lr {lr_factor:.3f} | {speed:,.0f} tok/s{mfu} | {seconds:.2f} s | left {left}")
         self.log(step=step, loss=loss, lr_factor=lr_factor, use_rope=self.model.use_rope,
                  tokens=step * self.cfg.total_batch_size, seconds=seconds, waited=self.waited,
                  **record)
         self.capture()
-        if done == 1 or step % self.cfg.save_every == 0 or step in self.keep:
+        if progress == 1 or step % self.cfg.save_every == 0 or step in self.keep:
             self.save()
 
     def capture(self):
@@ -1602,7 +1610,7 @@ class Run:
         """(bits per byte of the first n of the ValidationRows, their tokens). model: compiled or
         not. A request to stop is followed at once; on the way no process waits for another."""
         rows.pack(n, self.check_stop)
-        val_bpb, tokens, stopped = rows.bits_per_byte(model, n, lambda: self.signal)
+        val_bpb, tokens, stopped = rows.bits_per_byte(model, n, lambda: self.stop_reason)
         if stopped:
             self.stop()
         return val_bpb, tokens
@@ -1630,26 +1638,26 @@ class Run:
                 self.metrics.write(json.dumps(record) + "\n")
                 self.metrics.flush()
             except OSError as e:  # a full disk: saves, if it can
-                self.signal = f"metrics.jsonl cannot be written ({one_line(e)})"
+                self.stop_reason = f"metrics.jsonl cannot be written ({one_line(e)})"
 
     def take_signal(self, number, frame):
         """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP (a closed terminal), Ctrl-C and others
-        ask the run to stop. Ctrl-C after any of them does not wait."""
-        if number == signal.SIGINT and self.signal:
+        ask the run to stop. If it is stopping already, Ctrl-C ends it at once, without saving."""
+        if number == signal.SIGINT and self.stop_reason:
             sys.exit("interrupted")
-        if self.signal is None and self.env.rank == 0:
+        if self.stop_reason is None and self.env.rank == 0:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
-        self.signal = signal.Signals(number).name
+        self.stop_reason = signal.Signals(number).name
 
     def check_stop(self):
         """Saves and ends the run if any process was asked to stop."""
-        if largest_of_all([bool(self.signal)], self.env)[0]:
+        if largest_of_all([bool(self.stop_reason)], self.env)[0]:
             self.stop()
 
     def stop(self):
         self.save()
-        self.end(f"{self.signal or 'a signal to another process'}", INTERRUPTED)
+        self.end(self.stop_reason or "a signal to another process", INTERRUPTED)
 
     def end(self, why, status):
         """Ends the program before the run is done."""
@@ -1678,7 +1686,7 @@ class Run:
                         processes=self.env.world, dataloader_state_dict=shown, finished=False)
             save_checkpoint(self.folder, step, self.model, self.optimizer, position,
                             {**meta, **self.facts}, self.keep)
-        largest_of_all([0], self.env)
+        barrier(self.env)
         self.saved = step
 
     def finish(self, **more):
@@ -1689,7 +1697,7 @@ class Run:
             meta = {**read_meta(self.folder, self.saved), **self.saveable[0], **more}
             path = checkpoint_files(self.folder, self.saved)["meta"]
             atomic_write(path, json.dumps({**meta, "finished": True}, indent=1))
-        largest_of_all([0], self.env)
+        barrier(self.env)
         self.say(f"finished: {self.folder}, val bpb {self.now['val_bpb']:.4f}, "
                  f"{self.now['loop_state']['total_training_time'] / 60:.1f} minutes of training")
 

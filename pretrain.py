@@ -31,13 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import (FOLDERS, GPT, DownloadError, GPTConfig, Run, ValidationRows,
-                   accumulate_gradients, atomic_write, attention_kernel, base_dir, check_checkpoint,
-                   checkpoint_steps, compile_model, difference, download, encode, file_hash,
-                   finished_checkpoint, folder_of, from_rank_0, generate, guard, largest_divisor,
-                   load_part, load_tokenizer, log_head, name_of, one_line, option, parse_config,
-                   parse_tag, read_lines, read_meta, retry, rows_at_a_time, rows_of_a_step, say,
-                   set_fp8, setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
+from model import (FOLDERS, GPT, DataError, GPTConfig, Run, ValidationRows, accumulate_gradients,
+                   atomic_write, attention_kernel, base_dir, check_checkpoint, checkpoint_steps,
+                   compile_model, difference, download, encode, file_hash, finished_checkpoint,
+                   folder_of, from_rank_0, generate, guard, largest_divisor, load_part,
+                   load_tokenizer, log_head, name_of, one_line, option, parse_config, parse_tag,
+                   read_lines, read_meta, retry, rows_at_a_time, rows_of_a_step, say, set_fp8,
+                   setup_env, text_column, token_bytes, tokenizer_hash, weights_hash)
 from muon import WARMUP, build_optimizer, lr_factor, muon_momentum, muon_weight_decay
 
 
@@ -240,49 +240,55 @@ class Shards:
         return revision, sha256
 
     def get(self, name):
-        """The path of a shard, downloaded if need be. DownloadError after cfg.patience seconds."""
+        """The path of a shard, downloaded if need be. DataError after cfg.patience seconds."""
         path = self.folder / name
         if path.exists():
             return path
         if self.cfg.dataset == "local":
-            raise DownloadError(f"{path} is missing")
+            raise DataError(f"{path} is missing")
         return download(self.cfg.dataset, name, path, revision=self.revision,
                      patience=self.cfg.patience)
 
     def hash(self, name):
-        """The sha256 of a shard. DownloadError unless it is the known one: the hub's, or that of
+        """The sha256 of a shard. DataError unless it is the known one: the hub's, or that of
         the file that this run (or the run it branches off) has read before."""
         path = self.get(name)
         self.stats[name] = stat_of(path)
         sha256 = file_hash(path)
         if self.sha256.setdefault(name, sha256) != sha256:
-            raise DownloadError(f"{path} is damaged, or not the file that this run began with (its "
+            raise DataError(f"{path} is damaged, or not the file that this run began with (its "
                              f"sha256 is another): {self.advice}")
         return sha256
+
+    def n_row_groups(self, name):
+        return self.read(name, lambda shard, column: shard.num_row_groups)
+
+    def documents(self, name, group):
+        """The texts of a row group."""
+        def texts(shard, column):
+            return shard.read_row_group(group, [column])[column].to_pylist()
+        return [text or "" for text in self.read(name, texts)]
 
     def fetch_ahead(self, name):
         """Starts downloading a shard in the background. get() waits for it; if it failed, get()
         tries again and reports why."""
         def attempt():
-            with contextlib.suppress(OSError, DownloadError):
+            with contextlib.suppress(OSError, DataError):
                 self.get(name)
 
         threading.Thread(target=attempt, daemon=True).start()
 
-    def read(self, name, group=None):
-        """The documents of a row group, or, without `group`, the number of row groups."""
+    def read(self, name, work):
+        """work(the opened shard, its text column); DataError if that fails."""
         import pyarrow
         path, column = self.get(name), self.cfg.text_column
         if self.stats.setdefault(name, stat_of(path)) != stat_of(path):
-            raise DownloadError(f"{path} was replaced while it was being read: {self.advice}")
+            raise DataError(f"{path} was replaced while it was being read: {self.advice}")
         try:
             with text_column(path, column) as shard:
-                if group is None:
-                    return shard.num_row_groups
-                texts = shard.read_row_group(group, [column])[column].to_pylist()
-                return [text or "" for text in texts]
+                return work(shard, column)
         except (pyarrow.ArrowException, OSError, ValueError, LookupError) as e:
-            raise DownloadError(f"{path} cannot be read ({one_line(e)}): {self.advice}") from None
+            raise DataError(f"{path} cannot be read ({one_line(e)}): {self.advice}") from None
 
 
 # ---- Rows: best-fit packing ---------------------------------------------------------------------
@@ -299,10 +305,10 @@ class PackedRows:
     def __init__(self, shards, names, enc, row_len, state=None, epochs=None):
         self.shards, self.names, self.row_len, self.epochs = shards, names, row_len, epochs
         self.enc, self.bos = enc, enc.encode_single_token("<|bos|>")
-        self.epoch = self.shard = self.group = self.row = 0  # place of the next document
+        self.epoch = self.shard = self.group = self.doc = 0  # place of the next document
         self.n_groups = self.texts = None  # of the shard being read
         self.buffer, self.lengths = [], np.empty(0, np.int64)  # documents, and their tokens
-        self.seen = self.cut = 0  # tokens
+        self.seen = self.cut = 0  # tokens that entered the buffer, and those of them cut off
         self.found_text = bool(state)
         if state:
             self.resume(state)
@@ -311,7 +317,7 @@ class PackedRows:
         """Continues from a state(). Exits if it does not fit the shards."""
         try:
             self.epoch, self.shard, self.group = state["epoch"], state["pq_idx"], state["rg_idx"]
-            self.row, self.seen, self.cut = state["row"], state["seen"], state["cut"]
+            self.doc, self.seen, self.cut = state["row"], state["seen"], state["cut"]
             self.lengths = state["lengths"].numpy()
             self.buffer = [d.numpy() for d in state["tokens"].split(self.lengths.tolist())]
             known, read = self.shards.sha256, state["shards"]
@@ -330,7 +336,7 @@ class PackedRows:
         tokens = np.concatenate([np.empty(0, np.int32), *self.buffer])
         names = self.names if self.epoch else self.names[:self.shard + 1]
         read = {name: self.shards.sha256[name] for name in names if name in self.shards.sha256}
-        return dict(epoch=self.epoch, pq_idx=self.shard, rg_idx=self.group, row=self.row,
+        return dict(epoch=self.epoch, pq_idx=self.shard, rg_idx=self.group, row=self.doc,
                     seen=self.seen, cut=self.cut, tokens=torch.from_numpy(tokens),
                     lengths=torch.from_numpy(self.lengths.copy()), shards=read)
 
@@ -346,17 +352,18 @@ class PackedRows:
         name = self.names[self.shard]
         if self.n_groups is None:
             self.shards.hash(name)
-            self.n_groups = self.shards.read(name)
+            self.n_groups = self.shards.n_row_groups(name)
             for ahead in self.names[self.shard + 1:self.shard + 3]:
                 self.shards.fetch_ahead(ahead)
-        self.texts = self.shards.read(name, self.group)
+        self.texts = self.shards.documents(name, self.group)
         return True
 
     def refill(self):
         """Adds the next 128 documents to the buffer; False if there are no more."""
         if self.texts is None and not self.next_texts():
             return False
-        texts, body, new = self.texts[self.row:self.row + 128], self.row_len - 1, []
+        texts, new = self.texts[self.doc:self.doc + 128], []
+        body = self.row_len - 1  # a row of one document has <|bos|> and this many tokens of it
         for ids in encode(self.enc, texts):
             for start in range(0, max(1, len(ids)), body):
                 new.append(np.array([self.bos] + ids[start:start + body], dtype=np.int32))
@@ -364,9 +371,9 @@ class PackedRows:
         self.buffer += new
         self.lengths = np.concatenate([self.lengths, [len(document) for document in new]])
         self.seen += sum(map(len, new))
-        self.row += 128
-        if self.row >= len(self.texts):
-            self.texts, self.group, self.row = None, self.group + 1, 0
+        self.doc += 128
+        if self.doc >= len(self.texts):
+            self.texts, self.group, self.doc = None, self.group + 1, 0
             if self.group == self.n_groups:
                 self.shard, self.group, self.n_groups = self.shard + 1, 0, None
         return True
@@ -391,7 +398,7 @@ class PackedRows:
 
     def batch(self, n_rows):
         """int32 (2, n_rows, T), inputs and targets; fewer rows if the documents run out, None if
-        none is left. DownloadError if no document has text."""
+        none is left. DataError if no document has text."""
         made = []
         while len(made) < n_rows and (row := self.next_row()) is not None:
             made.append(row)
@@ -399,7 +406,7 @@ class PackedRows:
             return None
         made = np.array(made, dtype=np.int32)
         if not self.found_text:
-            raise DownloadError(f"{self.shards.folder} holds documents without text in column "
+            raise DataError(f"{self.shards.folder} holds documents without text in column "
                              f"{self.shards.cfg.text_column!r}: use other shards")
         return np.stack((made[:, :-1], made[:, 1:]))
 
@@ -411,7 +418,220 @@ def sample(model, enc, prompt, n=48):
     return enc.decode(ids[1:])
 
 
-# ---- Other commands: --fetch, --plan, --bench ---------------------------------------------------
+# ---- The run ------------------------------------------------------------------------------------
+
+def make_model(cfg, derived, env):
+    """A model with random weights, its compiled version, and its optimizer."""
+    torch.manual_seed(42)
+    model = GPT(derived.config, dtype=env.dtype)
+    model.init_weights()
+    model.to(env.device)
+    if cfg.fp8:
+        set_fp8(model, env)
+    compiled = compile_model(model, env)
+    optimizer = build_optimizer(model, **derived.lrs, weight_decay=derived.weight_decay,
+                                compile=env.compile)
+    return model, compiled, optimizer
+
+
+def open_shards(cfg, run):
+    """The Shards, on rank 0. Exits unless the run began with the same."""
+    shards = data = None
+    if run.env.rank == 0:
+        shards = Shards(cfg)
+        data = {"training_files": shards.fingerprint(), "validation_file": shards.validation,
+                "validation_sha256": shards.hash(shards.validation)}
+    run.same_data(data)
+    return shards
+
+
+def find_init(cfg, config, steps, env):
+    """For --init, on rank 0: (folder, step, its description with the weights' sha256) of the model
+    to start from. Exits unless that is finished, with the same tokenizer and sizes."""
+    if not cfg.init or env.rank != 0:
+        return None
+    folder = folder_of("base", cfg.init)
+    step = finished_checkpoint(folder)
+    theirs = read_meta(folder, step)
+    sizes = {**theirs["model_config"], "sequence_len": config.sequence_len}
+    different = difference(sizes, asdict(config))
+    if different:
+        sys.exit(f"--init {cfg.init}: its model has {different}")
+    if cfg.drope is not None and not theirs["loop_state"]["use_rope"]:
+        sys.exit(f"--init {cfg.init}: it has no RoPE any more; leave out --drope")
+    if steps < 2 * WARMUP:
+        print(f"--init: only {steps} steps, of which the first {WARMUP} warm up the learning rate: "
+              "expect a worse model than the one it starts from", file=sys.stderr)
+    return folder, step, f"step {step} of {cfg.init}, sha256 {weights_hash(folder, step)}"
+
+
+def start_from_init(model, run, folder, step):
+    """Loads the weights, and whether the model has RoPE. Returns the position in the data at which
+    its training stopped, for PackedRows (without the ~1,000 documents in its buffer); None if it
+    was trained on other data."""
+    meta = read_meta(folder, step)
+    model.load_state_dict(load_part(folder, step, "model", run.env.device))
+    model.use_rope = meta["loop_state"]["use_rope"]
+    different = difference(meta.get("data", {}), run.data)
+    where = f"at the beginning of the data (that model's: {different})" if different else (
+        "where in the data its training stopped")
+    run.say(f"starting from the weights of step {step} of {folder}, {where}")
+    if not different and "dataloader_state_dict" in meta:
+        nothing = dict(tokens=torch.empty(0, dtype=torch.int32), lengths=torch.empty(0).long())
+        return {**meta["dataloader_state_dict"], "seen": 0, "cut": 0, **nothing}
+
+
+def find_trunk(run, shards, derived):
+    """A drope run equals the run with RoPE up to its switch, and so may start from the checkpoint
+    that the latter kept there. Returns (folder, step) of that checkpoint; None if there is none, or
+    this run has begun already."""
+    cfg, switch = run.cfg, derived.switch
+    if not cfg.drope or cfg.init or run.source:
+        return None
+    folder = run.folder.parent / name_of(cfg.depth, cfg.tpp, None)
+    problem = trunk_problem(run, shards, folder, switch)
+    if not problem:
+        return folder, switch
+    tokens, hours = switch * derived.batch_size, hours_of(cfg, derived, switch)
+    run.say(f"training from scratch: {problem}. After the run with RoPE, this one would share its "
+            f"first {switch:,} of {derived.steps:,} steps: {tokens / 1e9:.3g}B tokens, {hours:.1f} "
+            f"hours at {cfg.speed:,.0f} tokens/s for d18")
+
+
+def trunk_problem(run, shards, folder, switch):
+    """Why a run cannot branch off at step `switch` of the run in `folder`, or ""."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return f"{folder}, the same run with RoPE, is not there"
+    if switch not in steps:
+        return (f"{folder} has no checkpoint of step {switch:,}, only {steps}: it has not come so "
+                "far, or was trained with another --keep")
+    try:
+        check_checkpoint(folder, switch)
+    except SystemExit as e:
+        return str(e)
+    meta = read_meta(folder, switch)
+    different = run.difference(meta, but=("drope",)) or difference(meta.get("data", {}), run.data)
+    if different:
+        return f"{folder} was trained with {different}"
+    for name, sha256 in load_part(folder, switch, "loader")["shards"].items():
+        if (shards.sha256.get(name) or shards.hash(name)) != sha256:
+            return f"{folder} was trained with another {name}"
+    return ""
+
+
+def kept_steps(cfg, steps, before=""):
+    """The steps at which a run with RoPE keeps a checkpoint for drope runs to start from: those of
+    --keep, and of the --keep that it had before an interruption."""
+    trunk = cfg.drope is None and not cfg.init
+    percents = re.findall(r"[\d.]+", f"{cfg.keep} {before}") if trunk else []
+    return {round(float(percent) / 100 * steps) for percent in percents}
+
+
+def set_schedules(optimizer, step, steps, weight_decay):
+    """Sets the learning rates, and Muon's momentum and weight decay. Returns lr_factor."""
+    factor = lr_factor(step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(step, steps)
+            group["weight_decay"] = muon_weight_decay(step, steps, weight_decay)
+    return factor
+
+
+def main():
+    cfg = parse_config(Config, __doc__)
+    resolve(cfg)
+    if cfg.plan:
+        return plan(cfg)
+    if cfg.fetch:
+        return fetch_only(cfg)
+    if cfg.status:
+        return status()
+    env = setup_env(compile=cfg.compile)
+    if cfg.bench:
+        return bench(cfg, env)
+
+    # What to train, and where to start: from this run's newest checkpoint; or from the checkpoint
+    # that the run with RoPE, the trunk, kept at the switch; or from the model of --init; or from
+    # scratch
+    enc = load_tokenizer(base_dir() / "tokenizer")
+    derived = derive(cfg, enc.n_vocab)
+    steps, switch = derived.steps, derived.switch
+    cfg.total_batch_size = derived.batch_size
+    n_rows = check_sizes(cfg, derived, env.world)
+    env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
+    init = from_rank_0(find_init(cfg, derived.config, steps, env), env)
+    recipe = {**{field: getattr(cfg, field) for field in RECIPE},
+              "tokenizer": tokenizer_hash(enc), "init": init and init[2]}
+    run = Run(folder_of("base", cfg.tag), cfg, recipe, env)
+    if run.meta.get("finished"):
+        return run.say(f"{run.folder} is finished (step {run.step}), skipped")
+    shards = open_shards(cfg, run)
+    trunk = from_rank_0(shards and find_trunk(run, shards, derived), env)
+    if trunk:
+        run.start_from(*trunk)
+        run.say(f"branching off {trunk[0]}, which is the same run up to the switch")
+
+    model, compiled, optimizer = make_model(cfg, derived, env)
+    stream = validation = position = None
+    if init and not run.source:
+        position = start_from_init(model, run, *init[:2])
+    if env.rank == 0:
+        log_head(cfg, derived, env, attention=attention_kernel(env, derived.config),
+                 rows_per_step=n_rows, tokenizer=recipe["tokenizer"],
+                 starting_from=recipe["init"], revision=shards.revision, **run.data)
+        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1,
+                            position or run.loader_state())
+        validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
+    validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
+                                     token_bytes(enc), env)
+    keep = kept_steps(cfg, steps, run.meta.get("user_config", {}).get("keep", ""))
+    run.start(model, optimizer, stream, n_rows, keep, steps=steps, switch=switch,
+              tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
+              validation_file=run.data["validation_file"])
+
+    def validate(tokens):
+        """Bits per byte of the first `tokens` of the validation set, or of all if it has fewer."""
+        return run.validate(compiled, validation_rows, max(1, tokens // cfg.max_seq_len))
+
+    for step in range(run.step, steps):
+        # DroPE: RoPE makes attention learn fast, but ties it to the positions it has seen; beyond
+        # them the model is lost. So RoPE is dropped here, for good. In the rest of the run, with
+        # the same data and schedule, the model recovers (arXiv:2512.12167). How well depends on the
+        # learning rate that is left: it falls from 35% of the run on, so after 25, 50 and 75% it is
+        # at 1.00, 0.78 and 0.42 of its peak. The later the drop, the more the model has learned
+        # with RoPE, and the less it can still change.
+        if step == switch:
+            with_rope, _ = validate(cfg.eval_sample)
+            model.use_rope = False
+            without, _ = validate(cfg.eval_sample)
+            run.say(f"step {step:05d} | RoPE is dropped: val bpb {with_rope:.4f} with it, "
+                    f"{without:.4f} without")
+            run.log(step=step, switch=True, val_bpb_with_rope=with_rope,
+                    val_bpb_without_rope=without)
+
+        if step % cfg.eval_every == 0:
+            run.log_validation(*validate(cfg.eval_sample))
+
+        x, y = run.next_batch()  # or saves and exits, if it was asked to stop
+        factor = set_schedules(optimizer, step, steps, derived.weight_decay)
+        loss = accumulate_gradients(compiled, x, y, env)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_of_step(loss, (step + 1) / steps, factor)
+
+    # The last checkpoint is saved by now: this validation takes minutes
+    run.log_validation(*validate(cfg.eval_tokens), sample=False)
+    text = sample(model, enc, "The")
+    run.say(f"sample: {text!r}")
+    if env.rank == 0:
+        cut = run.position["cut"] / run.position["seen"]
+        run.say(f"packing cut {100 * cut:.2f}% of the tokens")
+    run.finish(sample=text)
+
+
+# ---- Operations: --fetch, --plan, --status, --bench ---------------------------------------------
 
 def fetch_only(cfg):
     """Downloads the first shards and the validation shard."""
@@ -564,219 +784,6 @@ def bench(cfg, env):
             mfu=env.peak_flops and round(flops / env.peak_flops, 4), tflops=round(flops / 1e12, 3),
             matmul_tflops=round(matmul / 1e12, 3), of_matmul_rate=round(flops / matmul, 3),
             peak_memory_gb=round(peak / 1e9, 2))))
-
-
-# ---- The run ------------------------------------------------------------------------------------
-
-def make_model(cfg, derived, env):
-    """A model with random weights, its compiled version, and its optimizer."""
-    torch.manual_seed(42)
-    model = GPT(derived.config, use_rope=derived.switch != 0, dtype=env.dtype)
-    model.init_weights()
-    model.to(env.device)
-    if cfg.fp8:
-        set_fp8(model, env)
-    compiled = compile_model(model, env)
-    optimizer = build_optimizer(model, **derived.lrs, weight_decay=derived.weight_decay,
-                                compile=env.compile)
-    return model, compiled, optimizer
-
-
-def open_shards(cfg, run):
-    """The Shards, on rank 0. Exits unless the run began with the same."""
-    shards = data = None
-    if run.env.rank == 0:
-        shards = Shards(cfg)
-        data = {"training_files": shards.fingerprint(), "validation_file": shards.validation,
-                "validation_sha256": shards.hash(shards.validation)}
-    run.same_data(data)
-    return shards
-
-
-def find_init(cfg, config, steps, env):
-    """For --init, on rank 0: (folder, step, its description with the weights' sha256) of the model
-    to start from. Exits unless that is finished, with the same tokenizer and sizes."""
-    if not cfg.init or env.rank != 0:
-        return None
-    folder = folder_of("base", cfg.init)
-    step = finished_checkpoint(folder)
-    theirs = read_meta(folder, step)
-    sizes = {**theirs["model_config"], "sequence_len": config.sequence_len}
-    different = difference(sizes, asdict(config))
-    if different:
-        sys.exit(f"--init {cfg.init}: its model has {different}")
-    if cfg.drope is not None and not theirs["loop_state"]["use_rope"]:
-        sys.exit(f"--init {cfg.init}: it has no RoPE any more; leave out --drope")
-    if steps < 2 * WARMUP:
-        print(f"--init: only {steps} steps, of which the first {WARMUP} warm up the learning rate: "
-              "expect a worse model than the one it starts from", file=sys.stderr)
-    return folder, step, f"step {step} of {cfg.init}, sha256 {weights_hash(folder, step)}"
-
-
-def start_from_init(model, run, folder, step):
-    """Loads the weights, and whether the model has RoPE. Returns the position in the data at which
-    its training stopped, for PackedRows (without the ~1,000 documents in its buffer); None if it
-    was trained on other data."""
-    meta = read_meta(folder, step)
-    model.load_state_dict(load_part(folder, step, "model", run.env.device))
-    model.use_rope = meta["loop_state"]["use_rope"]
-    different = difference(meta.get("data", {}), run.data)
-    where = f"at the beginning of the data (that model's: {different})" if different else (
-        "where in the data its training stopped")
-    run.say(f"starting from the weights of step {step} of {folder}, {where}")
-    if not different and "dataloader_state_dict" in meta:
-        nothing = dict(tokens=torch.empty(0, dtype=torch.int32), lengths=torch.empty(0).long())
-        return {**meta["dataloader_state_dict"], "seen": 0, "cut": 0, **nothing}
-
-
-def find_trunk(run, shards, derived):
-    """A drope run equals the run with RoPE up to its switch, and so may start from the checkpoint
-    that the latter kept there. Returns (folder, step) of that checkpoint; None if there is none, or
-    this run has begun already."""
-    cfg, switch = run.cfg, derived.switch
-    if not cfg.drope or cfg.init or run.source:
-        return None
-    folder = run.folder.parent / name_of(cfg.depth, cfg.tpp, None)
-    problem = trunk_problem(run, shards, folder, switch)
-    if not problem:
-        return folder, switch
-    tokens, hours = switch * derived.batch_size, hours_of(cfg, derived, switch)
-    run.say(f"training from scratch: {problem}. After the run with RoPE, this one would share its "
-            f"first {switch:,} of {derived.steps:,} steps: {tokens / 1e9:.3g}B tokens, {hours:.1f} "
-            f"hours at {cfg.speed:,.0f} tokens/s for d18")
-
-
-def trunk_problem(run, shards, folder, switch):
-    """Why a run cannot branch off at step `switch` of the run in `folder`, or ""."""
-    steps = checkpoint_steps(folder)
-    if not steps:
-        return f"{folder}, the same run with RoPE, is not there"
-    if switch not in steps:
-        return (f"{folder} has no checkpoint of step {switch:,}, only {steps}: it has not come so "
-                "far, or was trained with another --keep")
-    try:
-        check_checkpoint(folder, switch)
-    except SystemExit as e:
-        return str(e)
-    meta = read_meta(folder, switch)
-    different = run.difference(meta, but=("drope",)) or difference(meta.get("data", {}), run.data)
-    if different:
-        return f"{folder} was trained with {different}"
-    for name, sha256 in load_part(folder, switch, "loader")["shards"].items():
-        if (shards.sha256.get(name) or shards.hash(name)) != sha256:
-            return f"{folder} was trained with another {name}"
-    return ""
-
-
-def kept_steps(cfg, steps, before=""):
-    """The steps at which a run with RoPE keeps a checkpoint for drope runs to start from: those of
-    --keep, and of the --keep that it had before an interruption."""
-    trunk = cfg.drope is None and not cfg.init
-    percents = re.findall(r"[\d.]+", f"{cfg.keep} {before}") if trunk else []
-    return {round(float(percent) / 100 * steps) for percent in percents}
-
-
-def set_schedules(optimizer, step, steps, weight_decay):
-    """Sets the learning rates, and Muon's momentum and weight decay. Returns lr_factor."""
-    factor = lr_factor(step, steps)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-        if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step, steps)
-            group["weight_decay"] = muon_weight_decay(step, steps, weight_decay)
-    return factor
-
-
-def main():
-    cfg = parse_config(Config, __doc__)
-    resolve(cfg)
-    if cfg.plan:
-        return plan(cfg)
-    if cfg.fetch:
-        return fetch_only(cfg)
-    if cfg.status:
-        return status()
-    env = setup_env(compile=cfg.compile)
-    if cfg.bench:
-        return bench(cfg, env)
-
-    # What to train, and where to start: from scratch, from this run's newest checkpoint, or from
-    # the trunk, which is the run with RoPE
-    enc = load_tokenizer(base_dir() / "tokenizer")
-    derived = derive(cfg, enc.n_vocab)
-    steps, switch = derived.steps, derived.switch
-    cfg.total_batch_size = derived.batch_size
-    n_rows = check_sizes(cfg, derived, env.world)
-    env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
-    init = from_rank_0(find_init(cfg, derived.config, steps, env), env)
-    recipe = {**{field: getattr(cfg, field) for field in RECIPE},
-              "tokenizer": tokenizer_hash(enc), "init": init and init[2]}
-    run = Run(folder_of("base", cfg.tag), cfg, recipe, env)
-    if run.meta.get("finished"):
-        return run.say(f"{run.folder} is finished (step {run.step}), skipped")
-    shards = open_shards(cfg, run)
-    trunk = from_rank_0(shards and find_trunk(run, shards, derived), env)
-    if trunk:
-        run.start_from(*trunk)
-        run.say(f"branching off {trunk[0]}, which is the same run up to the switch")
-
-    model, compiled, optimizer = make_model(cfg, derived, env)
-    stream = validation = position = None
-    if init and not run.source:
-        position = start_from_init(model, run, *init[:2])
-    if env.rank == 0:
-        log_head(cfg, derived, env, attention=attention_kernel(env, derived.config),
-                 rows_per_step=n_rows, tokenizer=recipe["tokenizer"],
-                 starting_from=recipe["init"], revision=shards.revision, **run.data)
-        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1,
-                            position or run.loader_state())
-        validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
-    validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
-                                     token_bytes(enc), env)
-    # Loads the starting checkpoint, and whether the model still has RoPE
-    keep = kept_steps(cfg, steps, run.meta.get("user_config", {}).get("keep", ""))
-    run.start(model, optimizer, stream, n_rows, keep, steps=steps, switch=switch,
-              tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
-              validation_file=run.data["validation_file"])
-
-    def validate(tokens):
-        """Bits per byte of the first `tokens` of the validation set, or of all if it has fewer."""
-        return run.validate(compiled, validation_rows, max(1, tokens // cfg.max_seq_len))
-
-    for step in range(run.step, steps):
-        # DroPE: RoPE makes attention learn fast, but ties it to the positions it has seen; beyond
-        # them the model is lost. So RoPE is dropped here, for good. In the rest of the run, with
-        # the same data and schedule, the model recovers (arXiv:2512.12167). How well depends on the
-        # learning rate that is left: it falls from 35% of the run on, so after 25, 50 and 75% it is
-        # at 1.00, 0.78 and 0.42 of its peak. The later the drop, the more the model has learned
-        # with RoPE, and the less it can still change.
-        if step == switch and model.use_rope:
-            with_rope, _ = validate(cfg.eval_sample)
-            model.use_rope = False
-            without, _ = validate(cfg.eval_sample)
-            run.say(f"step {step:05d} | RoPE is dropped: val bpb {with_rope:.4f} with it, "
-                    f"{without:.4f} without")
-            run.log(step=step, switch=True, val_bpb_with_rope=with_rope,
-                    val_bpb_without_rope=without)
-
-        if step % cfg.eval_every == 0:
-            run.log_validation(*validate(cfg.eval_sample))
-
-        x, y = run.next_batch()  # (rows, T) each
-        factor = set_schedules(optimizer, step, steps, derived.weight_decay)
-        loss = accumulate_gradients(compiled, x, y, env)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_of_step(loss, (step + 1) / steps, factor)
-
-    # The last checkpoint is saved by now: this validation takes minutes
-    run.log_validation(*validate(cfg.eval_tokens), sample=False)
-    text = sample(model, enc, "The")
-    run.say(f"sample: {text!r}")
-    if env.rank == 0:
-        cut = run.position["cut"] / run.position["seen"]
-        run.say(f"packing cut {100 * cut:.2f}% of the tokens")
-    run.finish(sample=text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model import (GPT, DownloadError, GPTConfig, Run, ValidationRows, accumulate_gradients,
+from model import (GPT, DataError, GPTConfig, Run, ValidationRows, accumulate_gradients,
                    atomic_write, attention_kernel, base_dir, checkpoint_files, checkpoint_steps,
                    compile_model, download, download_url, encode, file_hash, finished_checkpoint,
                    folder_of, from_rank_0, generate, guard, has_kind, load_tokenizer, load_weights,
@@ -189,7 +189,7 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
 
 def plain_file(config, where, check):
     """The bytes of a URL, downloaded once to data/sft, or of a path. check(bytes) says what is
-    wrong with them, or "". DownloadError if there is no such file."""
+    wrong with them, or "". DataError if there is no such file."""
     if "://" in where:
         # named after the whole URL, so that files of two servers differ
         dest = base_dir() / "data" / "sft" / quote(where, safe="")
@@ -198,7 +198,7 @@ def plain_file(config, where, check):
     elif Path(where).is_file():
         path, advice = Path(where), "correct it, or give another file"
     else:
-        raise DownloadError(f"no file {where}")
+        raise DataError(f"no file {where}")
     data = path.read_bytes()
     wrong = check(data)
     if wrong:
@@ -482,7 +482,7 @@ def open_mixture(config, split):
             continue
         try:
             source = ingredient.open(config, split)
-        except DownloadError as e:
+        except DataError as e:
             n = ingredient.n_rows * ingredient.epochs
             use = f"{n:,} conversations of the mixture" if split == "train" else "the validation"
             lost.append(f"{name}: {e}. It is needed for {use}; add --skip {name} to train without "
@@ -762,15 +762,16 @@ def main():
         if env.rank == 0:
             run.say(sample(model, enc, held_out.mixture.sources[0][-1]))
 
-    while run.done < 1:
+    while run.progress < 1:
         if run.step % cfg.eval_every == 0:
             validate()
         x, y = run.next_batch()  # (rows, T) each
-        factor = set_schedules(optimizer, run.step, run.done)
+        used = from_rank_0(run.position and run.position["used"], env)  # conversations so far
+        factor = set_schedules(optimizer, run.step, run.progress)
         loss = accumulate_gradients(compiled, x, y, env)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_of_step(loss, run.used / total, factor, conversations=run.used)
+        run.end_of_step(loss, used / total, factor, conversations=used)
 
     validate()  # the last checkpoint is saved by now
     if env.rank == 0:

@@ -4,6 +4,25 @@
     python test_all.py -k muon              # pytest's options
     python test_all.py -m slow              # runs killed at random, KILLS (100) times each
     python test_all.py -m bench -s          # benchmarks: each prints one line
+
+The sections, in order (search for "# ===="):
+
+    what the tests share; a stand-in for the hub
+    model.py        the transformer, its loss and gradients, generation, several processes
+    muon.py         Muon against a reference, AdamW, the groups, the schedules
+    tok.py          against the textbook and rustbpe; bad files
+    demo.py         the corpus, the task, the table
+    pretrain.py     derived sizes, packing, a run, branches, recalibration, shards, what stops a run
+    sft.py          rendering, sources, mixture, packing, a run
+    both            whatever happens to a run, it ends the same
+    eval.py         statistics, arms, needles, conclusions
+    chat.py         the python tool, conversations, scores
+    export_hf.py    exports, push, pull
+    modeling_nanochat.py    equal to model.py; caches, padding, training; tokenizer and template
+    all scripts     bad files, bad use of a command
+    run_all.sh      plans, installation, stages, signals, Slurm
+    README.md       its commands and code; the rules of this repository
+    GPU; benchmarks
 """
 import os
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")  # for the tests that want a GPU
@@ -1514,7 +1533,7 @@ def test_a_finished_model_is_recalibrated_or_trained_further(init_base, trunk_ba
         def stops(run):
             seen.append(run)
             if len(seen) == 7:
-                run.signal = "SIGTERM"
+                run.stop_reason = "SIGTERM"
             return next_batch(run)
         with monkeypatch.context() as patch:
             patch.setattr(M.Run, "next_batch", stops)
@@ -1616,7 +1635,7 @@ def test_patience_limits_the_total_also_of_a_server_that_answers_too_slowly(
     hub.faults = {name: [fault] * 9}
     hub.silent = fault == "silent"
     def fail():
-        with pytest.raises(M.DownloadError, match="too slowly; gave up after 1 s"):
+        with pytest.raises(M.DataError, match="too slowly; gave up after 1 s"):
             M.download_url(url, tmp_path / "x", patience=1)
     assert elapsed(fail) < 4
     args = ("pretrain.py", "--fetch", 2, "--patience", 1)
@@ -1631,7 +1650,7 @@ def test_what_cannot_succeed_is_not_tried_again(hub, tmp_path, monkeypatch, wher
     monkeypatch.setattr(M.time, "sleep", lambda seconds: pytest.fail("tried again"))
     hub.files["page"], hub.files["forbidden"] = b" <!DOCTYPE html><html>", b"1"
     hub.faults = {"forbidden": [403]}
-    with pytest.raises(M.DownloadError, match=f"(?i){says}"):
+    with pytest.raises(M.DataError, match=f"(?i){says}"):
         M.download_url(where.replace("HUB", hub.url), tmp_path / "x")
 
 
@@ -1653,10 +1672,10 @@ def test_an_interrupted_download_says_where_it_goes_on(hub, tmp_path, monkeypatc
 def test_a_request_to_stop_is_followed_while_data_are_awaited(capsys):
     run = M.Run.__new__(M.Run)
     def get(timeout):
-        assert run.signal is None  # asked once, not for ever
+        assert run.stop_reason is None  # asked once, not for ever
         run.take_signal(signal.SIGTERM, None)
         raise queue.Empty
-    run.env, run.signal, run.batches = CPU, None, types.SimpleNamespace(get=get)
+    run.env, run.stop_reason, run.batches = CPU, None, types.SimpleNamespace(get=get)
     run.now, run.saved, run.save = dict(step=3), 3, lambda: None
     with pytest.raises(SystemExit, match="75"):
         run.next_batch()
@@ -2081,7 +2100,7 @@ def test_a_file_of_the_web_is_fetched_until_it_is_whole(hub, sft_home, monkeypat
     assert sft.identity(config, "train")[0] == 20 and not hub.faults["x.jsonl"]
     name = f"http%3A%2F%2F127.0.0.1%3A{hub.server_port}%2Fx.jsonl"  # another server, another file
     assert (sft_home / "data/sft" / name).read_bytes() == good
-    with pytest.raises(M.DownloadError, match="404"):  # no use in asking again
+    with pytest.raises(M.DataError, match="404"):  # no use in asking again
         M.download_url(f"{hub.url}/missing", sft_home / "missing", 600)
 
 
@@ -2109,7 +2128,7 @@ def test_the_mixture_never_shrinks_in_silence(sft_home, monkeypatch, capsys):
     assert sizes == [460_341, 2_000, 299_526, 29_892, 200_000, 80_000] and sum(sizes) == 1_071_759
 
     def gone(repo, filename, dest, **options):
-        raise M.DownloadError(f"{repo} is gone")
+        raise M.DataError(f"{repo} is gone")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(sft, "download", gone)
         sft.open_mixture(sft_config(sft_home, identity="nowhere.jsonl"), "train")
