@@ -1865,7 +1865,8 @@ finally:
 """
 
 
-@pytest.mark.parametrize("how, status", [("signal", 1), ("damaged shard", 1), ("finished", 0)])
+@pytest.mark.parametrize("how, status", [("damaged shard", 1), ("finished", 0), pytest.param(
+    "signal", 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seconds", [1, pytest.param(45, marks=pytest.mark.slow)])
 def test_no_process_ends_before_rank_0_has_saved(tiny_base, tmp_path, seconds, how, status):
     """torchrun kills those that are left 30 s after the first has ended."""
@@ -1916,9 +1917,7 @@ def test_another_recipe_is_refused_and_the_field_named(half_way, tmp_path, refus
     refused(pretrain, DROPE, [str(half_way), "other code", "sft.py can use"], tmp_path)
 
 
-@pytest.mark.parametrize("dataset, mend", [
-    ("local", "put the right file there"), ("x/y", "delete it to download it again")])
-def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, dataset, mend):
+def test_a_damaged_shard_of_the_hub_is_named(tiny_base, tmp_path, refused):
     local_shards(tmp_path, ["a"])
     bad = tmp_path / "shard_00000.parquet"
     bad.write_bytes(b"PAR1 is not all")
@@ -1927,7 +1926,7 @@ def test_a_damaged_shard_is_named(tiny_base, tmp_path, refused, dataset, mend):
     (tmp_path / "index.json").write_text(json.dumps(index))
     (tmp_path / "tokenizer").symlink_to(tiny_base / "tokenizer")
     args = [*TINY, "--data-dir", tmp_path, "--dataset"]
-    words = [f"{bad} cannot be read", "delete it, and it is fetched again"]
+    words = [f"{bad} cannot be read", "delete it to download it again"]
     refused(pretrain, [*args, "x/y"], words, tmp_path)
     refused(pretrain, [*args, "x/z"], [str(tmp_path), "of x/y, not of x/z"], tmp_path)
     (tmp_path / "index.json").write_text('{"dataset": "x/y"')
@@ -2393,7 +2392,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
 
 
 @pytest.mark.parametrize("kills", [
-    3, pytest.param(int(os.environ.get("KILLS", 100)), marks=pytest.mark.slow)])
+    2, pytest.param(int(os.environ.get("KILLS", 100)), marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_ends_in_the_same_tensors(stage, run_here, kills):
     """Some steps after its start, every third time in the middle of a save. One that came to its
     end before begins anew."""
@@ -3434,6 +3433,7 @@ def test_generation_with_a_cache_equals_a_loop_without(pair):
     assert equal(torch.cat(pieces, 1), ours(ids))
 
 
+@pytest.mark.parametrize("pair", ["RoPE, logn_scale", "DroPE"], indirect=True)
 def test_continuous_batching_writes_the_same_as_generate(pair):
     """Its cache has pages, and no length of its own."""
     _, theirs = pair
@@ -3442,7 +3442,10 @@ def test_continuous_batching_writes_the_same_as_generate(pair):
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=HF_BOS, eos_token_id=9999)
     alone = [theirs.generate(torch.tensor([text]), **settings)[0, len(text):] for text in texts]
     config = transformers.GenerationConfig(**settings)
-@pytest.mark.parametrize("pair", ["RoPE, logn_scale", "DroPE"], indirect=True)
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    together = theirs.generate_batch(inputs=texts, generation_config=config,
+                                     continuous_batching_config=small)
+    theirs.set_attn_implementation("sdpa")  # not the paged kernel any more
     assert sorted(out.generated_tokens for out in together.values()) == sorted(
         row.tolist() for row in alone)
 
@@ -3960,11 +3963,11 @@ def test_the_plans_of_the_release_and_of_the_tiny_run(clone, run_here):
     assert sum("from scratch" in row for row in said) == 5
     assert sum("from step" in row for row in said) == 9
     assert sum("that of" in row for row in said) == 6  # the _long ones
-    tags = dict(TAGS="d2_3tpp d2_3tpp_drope_33", TOK="--vocab-size 1024")
-    out = driver(folder, "release --dry-run", **tags).stdout.splitlines()
-    assert "from step" not in "".join(out)  # 33% is not kept
+    tags = dict(TAGS="d2_3tpp_long d2_3tpp_drope_33", TOK="--vocab-size 1024")
+    status, out = plans("release --dry-run", **tags)
+    assert status == 0 and "from step" not in out  # 33% is not kept
     d2 = pretrain.derive(pretrain.Config(depth=2, tpp=3), vocab_size=1024)
-    assert out[1].split()[:2] == ["d2_3tpp", f"{d2.steps:,}"]
+    assert out.splitlines()[1].split()[:2] == ["d2_3tpp_long", f"{d2.steps:,}"]
     result = driver(folder, "--dry-run")
     ran = [line.split()[3] for line in result.stdout.splitlines() if line.startswith("+ ")]
     assert result.returncode == 0 and ran == [
