@@ -75,7 +75,7 @@ class Chat:
         self.enc, self.step = tokenizer_of(meta, base), meta["step"]
 
     def special(self, name):
-        """The id of the special token <|name|>. No text is ever encoded to it."""
+        """The id of the special token <|name|>. Text is never encoded to it."""
         return self.enc.encode_single_token(f"<|{name}|>")
 
     def question(self, text):
@@ -274,7 +274,7 @@ def read_questions(path):
 KINDS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "spellingbee": "SpellingBee"}
 
 
-def score_tag(tag, config, env):
+def score_tag(tag, cfg, env):
     """Scores a model, unless its scores are in chat.json. Returns a row of the table."""
     chat = Chat(tag, env)
     path = chat.folder / "questions.jsonl"
@@ -282,15 +282,15 @@ def score_tag(tag, config, env):
     if not kinds:
         print(f"no questions in {path}: sft.py writes those of its held-out sources",
               file=sys.stderr)
-    key = dict(sha256=weights_hash(chat.folder, chat.step), max_tokens=config.max_tokens,
-               questions=config.questions, file=file_hash(path) if kinds else "")
+    key = dict(sha256=weights_hash(chat.folder, chat.step), max_tokens=cfg.max_tokens,
+               questions=cfg.questions, file=file_hash(path) if kinds else "")
     results, cells = Results(chat.folder / "chat.json", key), [tag]
     at_once = 64 if env.device.type == "cuda" else 16
     for kind in KINDS:
         if kind in kinds:
             some = kinds[kind]
-            some = random.Random(42).sample(some, min(len(some), config.questions))
-            n = 0 if kind == "mmlu" else config.max_tokens
+            some = random.Random(42).sample(some, min(len(some), cfg.questions))
+            n = 0 if kind == "mmlu" else cfg.max_tokens
             found = results.part([kind], score, chat, some, n, at_once)
             cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*found["rate"]) + f" of {found['n']}")
         else:
@@ -300,23 +300,23 @@ def score_tag(tag, config, env):
 
 
 def main():
-    config = parse_config(Config, __doc__)
-    if not config.tags or len(config.tags) > 1 and not config.score:
+    cfg = parse_config(Config, __doc__)
+    if not cfg.tags or len(cfg.tags) > 1 and not cfg.score:
         sys.exit("which model? `python chat.py d18_9tpp_drope_50`, for example (with --score also "
                  "several)")
-    if config.check:
+    if cfg.check:
         return
     env = setup_env(compile=0)
-    if config.score:
-        rows = [score_tag(tag, config, env) for tag in config.tags]
-        head = ["right answers [95% interval]", *KINDS.values(), "SpellingBee stops by itself"]
+    if cfg.score:
+        rows = [score_tag(tag, cfg, env) for tag in cfg.tags]
+        head = ["right answers [95% interval]", *KINDS.values(), "SpellingBee ends its turn"]
         for line in [head, ["---"] * len(head), *rows]:
             print(f"| {' | '.join(line)} |")
         return
-    chat = Chat(config.tags[0], env)
-    choose = sampler(config.temperature, config.top_k, config.seed)
-    conversation = Conversation(chat, config.max_tokens, choose)
-    prompt = config.prompt
+    chat = Chat(cfg.tags[0], env)
+    choose = sampler(cfg.temperature, cfg.top_k, cfg.seed)
+    conversation = Conversation(chat, cfg.max_tokens, choose)
+    prompt = cfg.prompt
     if not prompt and sys.stdin:  # None if it is closed
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
         if sys.stdin.isatty():

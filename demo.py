@@ -2,7 +2,7 @@
 
     python demo.py                          # four models side by side, 7 minutes on 2 cores
     python demo.py --seeds 3                # each three times, from different random numbers
-    python demo.py --corpus                 # only the text that the tiny run trains on: seconds
+    python demo.py --corpus                 # only write the tiny run's text (seconds)
 
 The models read documentation in rows of 128 tokens, in which facts and questions about them are
 hidden. RoPE, DroPE (arXiv:2512.12167; RoPE dropped after 50 or 75% of the steps) and NoPE (never
@@ -37,7 +37,7 @@ class Config:
     corpus: bool = option(False, "only write the corpus")
 
 
-# ---- The corpus: the documentation that every Python carries -------------------------------------
+# ---- The corpus: the documentation shipped with Python -------------------------------------------
 
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3",
         "turtledemo", "ensurepip", "pydoc_data"}
@@ -122,7 +122,7 @@ def examples():
 def write_corpus(folder):
     """Writes the files of the tiny run to `folder`, unless they exist; returns it."""
     import pyarrow as pa, pyarrow.parquet as pq
-    if (folder / "shard_06542.parquet").exists():  # the one that is written last
+    if (folder / "shard_06542.parquet").exists():  # written last
         print(f"corpus: {folder} exists already")
         return folder
     documents = gather()
@@ -258,7 +258,7 @@ def train(name, model, steps, switch, stream, generator):
 
 LENGTHS = (1, 2, 4, 8)  # times T
 FAR = LENGTHS[-1] * T
-SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # values of model.logn_scale that are tried
+SCALES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # values of model.logn_scale to try
 PROMPTS, WINDOWS, TAIL = 256, 64, 32  # TAIL: only the last tokens are evaluated
 
 
@@ -439,7 +439,7 @@ def end_now(number, frame):
     sys.exit("interrupted: the same command continues with the models that are not finished")
 
 
-def demonstrate(config, base):
+def demonstrate(cfg, base):
     """Trains and evaluates all arms in parallel processes, and shows the results."""
     start, data, out = time.time(), write_corpus(base / "data" / "demo"), base / "demo"
     tok = [sys.executable, Path(__file__).with_name("tok.py"), "--data-dir", data, "--out-dir",
@@ -449,12 +449,12 @@ def demonstrate(config, base):
     made_of = [Path(__file__).with_name(name) for name in ("demo.py", "model.py", "muon.py")]
     made_of.append(data / "shard_00000.parquet")  # other code or text, other results
     folder = out / hashlib.sha256(b"".join(path.read_bytes() for path in made_of)).hexdigest()[:8]
-    jobs = [(arm, seed, config.steps, data, out / "tokenizer",
-             folder / f"{arm.replace(' ', '')}_{config.steps}_{seed}.json")
-            for seed in range(config.seeds) for arm in ARMS]
+    jobs = [(arm, seed, cfg.steps, data, out / "tokenizer",
+             folder / f"{arm.replace(' ', '')}_{cfg.steps}_{seed}.json")
+            for seed in range(cfg.seeds) for arm in ARMS]
     workers = min(len(jobs), os.cpu_count() or 1)
     print(f"{len(jobs)} models, {sum(job[-1].exists() for job in jobs)} of them finished already, "
-          f"{config.steps * ROWS * T / 1e6:.2f} million tokens each", flush=True)
+          f"{cfg.steps * ROWS * T / 1e6:.2f} million tokens each", flush=True)
     signal.signal(signal.SIGINT, end_now)
     signal.signal(signal.SIGTERM, end_now)
     spawn = multiprocessing.get_context("spawn")
@@ -467,16 +467,16 @@ def demonstrate(config, base):
                  "the models that are not finished")
     atomic_write(out / "results.json", json.dumps(results))
     print(f"\n{table(results)}\n\n{REMARKS}\n")
-    draw(results, config.steps, Path(config.figure or out / "demo.png"))
+    draw(results, cfg.steps, Path(cfg.figure or out / "demo.png"))
     print(f"numbers: {out / 'results.json'} | {(time.time() - start) / 60:.1f} minutes")
 
 
 def main():
-    config = parse_config(Config, __doc__)
-    if config.corpus:
+    cfg = parse_config(Config, __doc__)
+    if cfg.corpus:
         write_corpus(base_dir() / "data" / "demo")
     else:
-        demonstrate(config, base_dir())
+        demonstrate(cfg, base_dir())
 
 
 if __name__ == "__main__":

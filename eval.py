@@ -1,7 +1,7 @@
-"""Evaluation of base models in long contexts: does dropping RoPE help beyond the training length?
+"""Evaluates base models at long context: does dropping RoPE help beyond the training length?
 
     python eval.py d18_9tpp d18_9tpp_drope_50       # --quick: less of everything, for CPUs
-    python eval.py --table d18_9tpp d20_9tpp        # only table and figures of what is evaluated
+    python eval.py --table d18_9tpp d20_9tpp        # only tables and figures of past results
 
 Tests base_checkpoints/TAG in contexts of 1/2 to 8 training lengths, by needles (numbers hidden in
 text; four kinds, as in RULER, arXiv:2404.06654) and by bits per byte. Each model is tested as
@@ -195,7 +195,7 @@ def make_prompt(texts, L, kind, i, without=False):
         <|bos|> text ...
         A secret number of Oslo is 4821.        the needle, after 5, 15 ... or 95% of the text
         text ...
-        A secret number of Rome is 0775.        with four needles, the others a quarter further
+        A secret number of Rome is 0775.        with four needles, each a quarter further on
         text ...
         A secret number of Oslo is 4821         the question, and its answer
 
@@ -271,13 +271,13 @@ def needles(model, texts, contexts, cropped, kind, prompts):
     return summary
 
 
-# ---- One tag after the other ---------------------------------------------------------------------
+# ---- One tag at a time ---------------------------------------------------------------------------
 
 def validation_shard(meta):
     """(path, text column) of the file that the run was validated on. A missing ClimbMix shard is
     downloaded."""
     config, name = meta["user_config"], meta.get("validation_file", "shard_06542.parquet")
-    sha256 = meta.get("data", {}).get("validation_sha256")  # other code does not say
+    sha256 = meta.get("data", {}).get("validation_sha256")  # absent from other code
     column = config.get("text_column", "text")
     places = [Path(str(config.get("data_dir", ""))) / name, base_dir() / "data" / "climbmix" / name]
     there = [path for path in places if path.is_file()]
@@ -377,7 +377,7 @@ def make_tables(base, contexts, prompts):
         if test in KINDS:
             n_keys, n_values, n_asked = KINDS[test]
             guess = np.mean([1 / (n_keys * n_values - told) for told in range(n_asked * n_values)])
-            title = (f"Needles, {test}: {prompts} prompts per context; guessing among the numbers "
+            title = (f"Needles, {test}: {prompts} prompts per context; chance among the numbers "
                      f"in the text that are still open: {guess:.2f}")
             head = [*head[:3], "gain, 1x", f"gain, {lengths[-1]}", *lengths]
         lines = [head, ["---"] * len(head)]
@@ -575,7 +575,7 @@ def main():
     for tag in cfg.tags:
         key, parts = results_of(folder_of("base", tag), name)
         if "c fitted" not in parts:
-            sys.exit(f"{tag} is not evaluated: leave it out, or first run `python eval.py {tag}"
+            sys.exit(f"{tag} is not evaluated: omit it, or first run `python eval.py {tag}"
                      f"{' --quick' if cfg.quick else ''}`")
         base[folder_of("base", tag).name] = dict(key=key, parts=parts)
     folder, end = base_dir() / "eval", "_quick" if cfg.quick else ""

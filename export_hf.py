@@ -5,12 +5,12 @@
     python export_hf.py --push USER --all --dry-run             # what a push of all would upload
     python export_hf.py --pull USER/nanochat-d18-9tpp           # a published tag, to train on here
 
-Takes base_checkpoints/TAG, chatsft_checkpoints/TAG (a _long tag shares the base of the tag without
+Reads base_checkpoints/TAG, chatsft_checkpoints/TAG (a _long tag shares the base of the tag without
 _long) and the tokenizer. Writes, in seconds, folders that transformers loads with
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). The same checkpoint always
-gives the same bytes; an export with a wrong byte is made again, and no reader sees half of one.
-Uploads and downloads are compared with the hub's hashes. An interrupted one resumes when the same
-command is run again. HF_TOKEN or `hf auth login` authenticates you.
+gives the same bytes; a damaged export is rebuilt, and readers never see a partial one. Uploads and
+downloads are checked against the hub's hashes. To resume one, run the same command again. HF_TOKEN
+or `hf auth login` authenticates you.
 """
 import base64, contextlib, functools, json, os, pickle, re, shutil, sys, tempfile
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoi
                    weights_hash)
 
 HERE = Path(__file__).parent
-STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}  # what ends a text that a model writes
+STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}  # the token that ends generation
 
 
 @dataclass
@@ -188,12 +188,12 @@ def settle(temp, dest, ours):
 
 
 def export(source):
-    """Exports a model, unless its export is there already; returns the names of the files."""
+    """Exports a model unless already exported; returns the names of the files."""
     dest, temp = source.dest, source.dest.with_name(f".{source.dest.name}.temp")
     if source.step is None:
         sys.exit(f"{source.lacks}: `bash run_all.sh {dest.name}` trains that model")
     if dest.exists() and not dest.is_dir():
-        sys.exit(f"{dest} is a file: move it away, an export is a folder")
+        sys.exit(f"{dest} is a file, but exports are folders: move it")
     files = export_files(source)
     busy = f"another process has been exporting to {dest} for 10 minutes: wait for it"
     with lock_file(dest.with_name(f".{dest.name}.lock"), busy, patience=600):
@@ -203,7 +203,7 @@ def export(source):
             print(f"{dest} is up to date (step {source.step}): skipped")
             return list(files)
         if dest.exists() and source.lacks:
-            sys.exit(f"{source.lacks}; until then {dest} stays as it is")
+            sys.exit(f"{source.lacks}; until then {dest} is unchanged")
         if dest.exists():
             print(f"{dest} is damaged or out of date: exporting again", file=sys.stderr)
         try:
@@ -269,7 +269,7 @@ def upload(repo, folder, private):
     for name, expected in hub_hashes(api, repo).items():
         path = folder / name
         if path.is_file() and file_hash(path, git=len(expected) == 40) != expected:
-            raise ConnectionError(f"what arrived of {name} is not what was sent")
+            raise ConnectionError(f"{name} on the hub is not what was sent")
 
 
 def hub_hashes(api, repo):
@@ -297,7 +297,7 @@ def push(cfg, tag):
             if not cfg.dry_run:  # at least at 1 MB/s
                 retry(repo, 300 + sum(sizes.values()) / 1e6,
                       functools.partial(upload, repo, folder, cfg.private))
-                print(f"{repo}: published, and compared with the hub's hashes", flush=True)
+                print(f"{repo}: published; its hashes match the hub's", flush=True)
     return not lacks
 
 
@@ -338,7 +338,7 @@ def pull(name):
         ours = load_tokenizer(folder if (folder / "config.json").exists() else new)
         if tokenizer_hash(ours) != tokenizer_hash(load_tokenizer(new)):
             sys.exit(f"{repo} has another tokenizer than {folder}: change NANOCHAT_BASE_DIR")
-        for file in ("tokenizer.tiktoken", "config.json"):  # where config.json is, both are
+        for file in ("tokenizer.tiktoken", "config.json"):  # config.json implies both
             atomic_write(folder / file, (new / file).read_bytes())
         for stage in ("base", "sft"):
             pull_checkpoint(*find_repo(user, tag, stage), folder_of(stage, tag), new / stage)
@@ -358,7 +358,7 @@ def pull_checkpoint(repo, hashes, folder, temp):
         try:
             here = newest_checkpoint(folder)
         except Damaged:
-            here = None  # is downloaded again
+            here = None  # will be refetched
         if here not in (None, step) or here and weights_hash(folder, here) != hashes[parts[0]]:
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")
         for name in [*parts, *({"metrics.jsonl", "questions.jsonl"} & hashes.keys())]:
@@ -371,7 +371,7 @@ def pull_checkpoint(repo, hashes, folder, temp):
         said = meta.setdefault("loop_state", {}).get("use_rope")
         meta["loop_state"]["use_rope"] = use_rope = "_drope_" not in folder.name
         if said != use_rope:
-            print(f"{repo} says use_rope {said}; set to {use_rope}, as its name says")
+            print(f"{repo} says use_rope {said}; set to {use_rope}, per its name")
         meta["sha256"] = {name: hashes[name] for name in parts}
         atomic_write(files["meta"], dump(meta))  # last: it vouches for the rest
     print(f"{repo} -> {folder}, step {step}")
@@ -383,7 +383,7 @@ def main(args=None):
     cfg = parse_config(Config, __doc__, args)
     for word in ("all", "private", "dry_run"):
         if getattr(cfg, word) and not cfg.push:
-            sys.exit(f"--{word.replace('_', '-')} goes with --push")
+            sys.exit(f"--{word.replace('_', '-')} needs --push")
     if cfg.stage not in ("base", "sft", "all"):
         sys.exit(f"--stage {cfg.stage}: choose base, sft or all")
     if [cfg.tag != "", cfg.pull != "", cfg.all].count(True) != 1 or cfg.pull and cfg.push:

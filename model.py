@@ -36,18 +36,18 @@ class GPTConfig:
     vocab_size: int = 32768
     n_layer: int = 18
     n_head: int = 9
-    n_kv_head: int = 9  # always n_head here; the field is for karpathy/nanochat, which reads it
+    n_kv_head: int = 9  # always n_head here; karpathy/nanochat reads this field
     n_embd: int = 1152
 
     @classmethod
     def from_depth(cls, depth, vocab_size=32768, sequence_len=4096):
-        """64 channels a layer, rounded up to whole heads of 128."""
+        """64 channels/layer, rounded up to whole heads of 128."""
         n_head = math.ceil(64 * depth / HEAD_DIM)
         return cls(sequence_len, vocab_size, depth, n_head, n_head, n_head * HEAD_DIM)
 
     @property
     def intermediate_size(self):
-        """8/3 n_embd: SwiGLU's 3 matrices cost what 2 of 4 n_embd would (arXiv:2002.05202)."""
+        """8/3 n_embd: SwiGLU's 3 matrices cost as much as 2 of 4 n_embd (arXiv:2002.05202)."""
         return round(8 / 3 * self.n_embd / 128) * 128
 
 
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # now with all earlier tokens
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # concatenate heads
 
 
 class MLP(nn.Module):
@@ -143,7 +143,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-# ---- The loss, without holding all logits at once -----------------------------------------------
+# ---- The loss, without holding all logits at once ------------------------------------------------
 
 def softcapped(x, weight):
     """Logits 15 tanh(x W^T / 15) in float32 (arXiv:2408.00118): (N, C), (V, C) -> (N, V)."""
@@ -156,7 +156,7 @@ def softcap_slope(logits):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies, computed together with its gradients, a chunk of positions at a time.
+    """Sum of cross-entropies and its gradients, computed one chunk of positions at a time.
 
     At 16 x 4,096 positions and 32,768 ids, one float32 copy of the logits takes 8.6 GB, and a plain
     loss holds several. But the loss is a sum, so the gradients of a chunk can be computed as soon
@@ -176,7 +176,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss + ((total.log() - hit) * counted).sum()
             # The gradient of the logits is softmax - one_hot(target). First the softmax, ...
             grad = (e * softcap_slope(logits) * (counted / total)).to(x.dtype)  # (n, V)
-            # ... then the target's own entry in each row is replaced by that with the - 1
+            # ... then each row's target entry is recomputed with the - 1
             at_target = (hit.exp() / total - 1) * softcap_slope(hit) * counted
             grad.scatter_(1, target, at_target.to(x.dtype))
             grad_x[i:i + chunk] = grad @ w
@@ -248,7 +248,7 @@ class GPT(nn.Module):
             raise ValueError(f"n_kv_head {config.n_kv_head}: this model has as many key heads as "
                              f"query heads ({config.n_head})")
         self.config, self.use_rope, self.dtype = config, use_rope, dtype
-        V = math.ceil(config.vocab_size / 64) * 64  # a multiple of 64 suits the hardware
+        V = math.ceil(config.vocab_size / 64) * 64  # a hardware-friendly multiple of 64
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(V, config.n_embd),
             "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer))})
@@ -335,12 +335,12 @@ class KVCache:
         shape = (config.n_layer, B, config.n_head, S, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(B, dtype=torch.long)  # tokens of each row, on the CPU
+        self.lengths = torch.zeros(B, dtype=torch.long)  # tokens per row, on the CPU
         self.rotary = model.rotary(S, device)  # (2, S, 1, head_dim)
         self.slots = torch.arange(S, device=device)
 
     def row(self, b):
-        """Row b as a cache of its own, in the same memory."""
+        """A view of row b as its own cache."""
         one = copy.copy(self)
         one.keys, one.values = self.keys[:, b:b + 1], self.values[:, b:b + 1]
         one.lengths = self.lengths[b:b + 1]
@@ -379,7 +379,7 @@ def most_likely(logits):
 
 @torch.inference_mode()
 def generate(model, texts, n, choose=most_likely, cache=None):
-    """Continues B texts, lists of ids. Yields n times a list of B ids, the next one of each text.
+    """Continues B texts, lists of ids. Yields, n times, a list of B ids: each text's next.
 
     The texts are read one by one, because they differ in length; then all grow by one token per
     step. The caller may replace ids in a yielded list: generation continues from those. choose:
@@ -400,7 +400,7 @@ def generate(model, texts, n, choose=most_likely, cache=None):
         yield ids
 
 
-# ---- What the scripts share (when you copy the model, delete from here to the end) --------------
+# ---- What the scripts share (when you copy the model, delete from here to the end) ---------------
 # From here on the file is about operations: files, downloads, processes. Errors that a user can fix
 # end the program with sys.exit(one line): what is wrong, where, and how to fix it.
 
@@ -611,15 +611,13 @@ def tokenizer_hash(enc):
     return hashlib.sha256(repr((enc._pat_str, ranks, special)).encode()).hexdigest()[:16]
 
 
-# Files: written to a temporary file, then renamed, so that no reader sees half a file
+# Files: written to a temporary file, then renamed, so readers never see half a file
 
 def atomic_write(path, content):
     """Writes bytes, a str, or what the function `content(file)` writes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = f".{path.name}.{socket.gethostname()}."
-    remove_leftovers(path.parent, start)
-    temp = path.with_name(f"{start}{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temp, "wb") as f:
             if callable(content):
@@ -637,19 +635,6 @@ def atomic_write(path, content):
         raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
-def remove_leftovers(folder, start):
-    """Deletes temporary files of atomic_write whose process, on this machine, was killed."""
-    for path in folder.glob(".*.tmp"):
-        pid = path.name.removeprefix(start).removesuffix(".tmp")
-        if path.name.startswith(start) and pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)  # signal 0: does the process exist?
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
-            except PermissionError:
-                pass  # it does, and is another user's
-
-
 def file_hash(path, git=False):
     """The sha256 of a file, in hex. git: git's sha1, which the hub gives for small files."""
     digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path)) if git else hashlib.sha256()
@@ -662,7 +647,7 @@ def file_hash(path, git=False):
 def lock_file(path, busy, patience=0):
     """Opens `path` and locks it until the file is closed or the process ends, however that happens.
     If another process holds the lock, tries for `patience` seconds, then exits with the line
-    `busy`. On a file system without locks it warns, and goes on."""
+    `busy`. Without file-system locks, warns and continues."""
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
     file, deadline = open(path, "a+"), time.time() + patience
@@ -705,7 +690,7 @@ def read_lines(path, fields, optional={}):
                                      f"of type {kind.__name__}")
             records.append(record)
     except (ValueError, RecursionError) as e:
-        sys.exit(f"{path} is damaged ({one_line(e)}): delete it, to go on without it")
+        sys.exit(f"{path} is damaged ({one_line(e)}): delete it to go on without it")
     return records
 
 
@@ -879,7 +864,7 @@ def check_checkpoint(folder, step):
         path = Path(folder) / Path(name).name
         if not path.exists():
             if meta.get("finished") and path in (files["optim"], files["loader"]):
-                continue  # only fine-tuning would need them
+                continue  # only fine-tuning needs them
             raise Damaged(f"{path} is missing")
         if file_hash(path) != expected:
             raise Damaged(f"{path} is damaged: its sha256 is not the one in its meta file")
@@ -913,7 +898,7 @@ def newest_checkpoint(folder):
             print(f"skipping a checkpoint: {problem}", file=sys.stderr)
         return step
     if problems:
-        raise Damaged(f"{folder} has no checkpoint that can be used ({problems[0]}): repair it, or "
+        raise Damaged(f"{folder} has no usable checkpoint ({problems[0]}): repair it, or "
                       "move that folder away to start over")
     return None
 
@@ -930,7 +915,7 @@ def tokenizer_of(meta, base):
 
 
 def unfinished(folder, meta):
-    """Why a run is not finished, or "". (Metas of other code do not say how many steps it has.)"""
+    """Why a run is not finished, or "". (Meta files from other code lack the step count.)"""
     step = meta["step"]
     if meta.get("steps", step) == step and meta.get("finished", True):
         return ""
@@ -984,7 +969,7 @@ def load_weights(model, optimizer, folder, step, device):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """The GPT of the newest undamaged checkpoint, with RoPE on or off as it was, and its meta. Not
+    """The GPT of the newest undamaged checkpoint, with RoPE on or off as saved, and its meta. Not
     for training: the weights are in `dtype`."""
     folder = Path(folder)
     step = newest_checkpoint(folder)
@@ -1019,7 +1004,7 @@ def within(seconds, work):
     try:
         result, error = results.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError("the server does not answer, or too slowly") from None
+        raise TimeoutError("the server did not answer in time") from None
     if error is not None:
         raise error
     return result
@@ -1059,32 +1044,24 @@ def retry(name, patience, attempt,
             pause = min(2 * pause, 60.0)
 
 
-def hub_file(repo_id, filename, **where):
-    """The hub's size and etag of a file. The etag is its sha256, or for a small file git's sha1,
-    which has 40 digits."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    return get_hf_file_metadata(hf_hub_url(repo_id, filename, **where))
-
-
 def download(repo_id, filename, dest, repo_type="dataset", revision="main", patience=600):
     """Downloads a file of a hub repository to `dest`, unless it exists; returns the path. On top of
     huggingface_hub it compares the hub's hash, retries, and lets only one of several processes
     download. patience: seconds, plus what the file takes at 1 MB/s."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     name, dest = f"{filename} of {repo_id}", Path(dest)
     where = dict(repo_type=repo_type, revision=revision)
     part = dest.with_name(f".{dest.name}.part")  # a folder, in which huggingface_hub works
     lock_path = dest.with_name(f".{dest.name}.lock")
 
     def attempt():
-        if part.is_file():  # from another program
-            part.unlink()
         if part.exists():  # an earlier attempt, perhaps another program's
             kept = sum(path.stat().st_size for path in part.rglob("*.incomplete"))
             then = f"continuing after {kept:,} bytes" if kept else "starting over"
             print(f"{name} was interrupted: {then}", file=sys.stderr, flush=True)
         got = hf_hub_download(repo_id, filename, local_dir=part, **where)
+        # The hub's etag is the sha256, or for a small file git's sha1, which has 40 digits
         damaged = file_hash(got, git=len(about.etag) == 40) != about.etag
         if not damaged:
             os.replace(got, dest)
@@ -1099,7 +1076,8 @@ def download(repo_id, filename, dest, repo_type="dataset", revision="main", pati
     busy = f"{name}: another process has been downloading it for more than {patience:.0f} s"
     with lock_file(lock_path, busy, patience):
         if not dest.exists():
-            about = retry(name, patience, lambda: hub_file(repo_id, filename, **where))
+            url = hf_hub_url(repo_id, filename, **where)
+            about = retry(name, patience, lambda: get_hf_file_metadata(url))
             retry(name, patience + (about.size or 0) / 1e6, attempt)
         lock_path.unlink(missing_ok=True)  # whoever waits for it will find dest
     return dest
@@ -1136,7 +1114,7 @@ class Env:
     world: int
     device: torch.device
     dtype: torch.dtype  # of activations
-    peak_flops: float | None  # of the device in bfloat16, dense, where known
+    peak_flops: float | None  # of the device, dense bfloat16, if known
     compile: bool = False  # use torch.compile
     micro: int = 1  # most rows that go through the model at a time
     control: object = None  # process group for data that are not on the device
@@ -1276,23 +1254,11 @@ def barrier(env):
 
 
 def from_rank_0(value, env):
-    """Sends a small Python value of rank 0 to all processes; returns it."""
+    """Sends a Python value of rank 0 (an array, too) to all processes; returns it."""
     values = [value]
     if env.world > 1:
         torch.distributed.broadcast_object_list(values, group=env.control)
     return values[0]
-
-
-def rows_from_rank_0(rows, shape, env):
-    """Sends rank 0's int32 array of that shape (elsewhere None) to all processes, as a CPU
-    tensor."""
-    if env.world == 1:
-        return torch.from_numpy(rows)
-    tensor = torch.empty(shape, dtype=torch.int32)
-    if env.rank == 0:
-        tensor.copy_(torch.from_numpy(rows))
-    torch.distributed.broadcast(tensor, 0, group=env.control)
-    return tensor
 
 
 # Gradients and validation
@@ -1381,11 +1347,10 @@ class ValidationRows:
         while self.n < n and not self.complete:
             check_stop()
             block = self.make_rows(self.block) if self.env.rank == 0 else None
-            size = from_rank_0(0 if block is None else block.shape[1], self.env)
-            if size:
-                rows = rows_from_rank_0(block, (2, size, self.T), self.env)
-                if self.n // self.block % self.env.world == self.env.rank:
-                    self.mine[self.n] = rows
+            block = from_rank_0(block, self.env)
+            size = 0 if block is None else block.shape[1]
+            if size and self.n // self.block % self.env.world == self.env.rank:
+                self.mine[self.n] = torch.from_numpy(block)
             self.n, self.complete = self.n + size, size < self.block
 
     def losses(self, model, x, y):
@@ -1455,7 +1420,7 @@ class Run:
         if env.rank == 0:
             self.lock = lock_file(self.folder / ".lock",
                                   f"{folder} is in use by another run: wait for it or stop it")
-            for half_written in self.folder.glob(".*.tmp"):  # by a run that was killed
+            for half_written in self.folder.glob(".*_[0-9]*.tmp"):  # by a run that was killed
                 half_written.unlink(missing_ok=True)
             newest = newest_checkpoint(self.folder)
         newest = from_rank_0(newest, env)
@@ -1474,9 +1439,9 @@ class Run:
         return self.now["progress"]
 
     def difference(self, meta, but=()):
-        """How a checkpoint's recipe differs from this run's (fields in `but` aside), or ""."""
+        """How a checkpoint's recipe differs from this run's (except those in `but`), or ""."""
         if "recipe" not in meta:
-            return "other code, which does not say all that a resumed run needs; sft.py can use it"
+            return "other code, so it lacks what resuming needs; sft.py can use it"
         now = {field: value for field, value in self.recipe.items() if field not in but}
         return difference({field: meta["recipe"].get(field) for field in now}, now)
 
@@ -1507,7 +1472,7 @@ class Run:
         inputs and targets, or sys.exit(why not); state() -> what resumes it. facts: more for the
         meta."""
         self.model, self.optimizer, self.keep, self.facts = model, optimizer, keep, facts
-        self.shape, self.position = (2, n_rows, self.cfg.max_seq_len), None
+        self.n_rows, self.position = n_rows, None
         if self.source:
             load_weights(model, optimizer, self.source, self.step, self.env.device)
             self.say(f"resuming from step {self.step} of {self.source}")
@@ -1544,7 +1509,7 @@ class Run:
             try:
                 batch = stream.batch(n_rows)
                 problem = "the data have run out" if batch is None else None
-            except SystemExit as e:  # a line that a user can act on
+            except SystemExit as e:  # an error the user can fix
                 problem = str(e)
             except OSError as e:
                 problem = one_line(e)
@@ -1570,12 +1535,12 @@ class Run:
                 self.save()
                 self.end(problem, 1)
         self.waited, self.position = time.time() - self.step_began, position
-        return rows_from_rank_0(batch, self.shape, self.env)
+        return torch.from_numpy(from_rank_0(batch, self.env))
 
     def end_of_step(self, loss, progress, lr_factor, **record):
         """Counts, prints and logs a step, and saves if a checkpoint is due. loss: a tensor.
         progress: how much of the run is done now, 0 to 1."""
-        loss = loss.item()  # the step's one wait for the device
+        loss = loss.item()  # the step's only device sync
         step, loop = self.step + 1, self.now["loop_state"]
         self.now.update(step=step, progress=progress)
         if not math.isfinite(loss):
@@ -1608,7 +1573,7 @@ class Run:
 
     def validate(self, model, rows, n):
         """(bits per byte of the first n of the ValidationRows, their tokens). model: compiled or
-        not. A request to stop is followed at once; on the way no process waits for another."""
+        not. Obeys a stop request at once; until then no process waits for another."""
         rows.pack(n, self.check_stop)
         val_bpb, tokens, stopped = rows.bits_per_byte(model, n, lambda: self.stop_reason)
         if stopped:
@@ -1616,8 +1581,8 @@ class Run:
         return val_bpb, tokens
 
     def log_validation(self, val_bpb, tokens, sample=True):
-        """Prints and logs a validation on so many tokens. sample: it is one of the equal ones on
-        the way, whose least goes into the meta file."""
+        """Prints and logs a validation on so many tokens. sample: a regular mid-run validation,
+        whose minimum goes into the meta file."""
         self.now["val_bpb"] = val_bpb
         if sample:
             loop = self.now["loop_state"]
@@ -1678,7 +1643,7 @@ class Run:
                     self.not_finite(f"at step {step} {name} is not finite")
             os.fsync(self.metrics.fileno())
             shown = {k: v for k, v in position.items() if not torch.is_tensor(v)}
-            micro = largest_divisor(self.shape[1] // self.env.world, self.env.micro)
+            micro = largest_divisor(self.n_rows // self.env.world, self.env.micro)
             meta = dict(meta, model_config=dataclasses.asdict(self.model.config),
                         recipe=self.recipe, data=self.data,
                         user_config=dataclasses.asdict(self.cfg), max_seq_len=self.cfg.max_seq_len,

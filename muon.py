@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest: one optimizer, to be copied anywhere (needs torch only).
+"""Muon for matrices, AdamW for the rest: one optimizer to copy anywhere (needs only torch).
 
     optimizer = MuonAdamW([dict(kind="muon", params=matrices_of_one_shape, lr=0.02),
                            dict(kind="adamw", params=[embedding, head], lr=0.003)])
@@ -92,10 +92,10 @@ def cautious_step(params, update, lr, weight_decay):
 
 def update_matrices(grads, weights, momentum_buffer, second_momentum_buffer,
                     lr, momentum, beta2, weight_decay, dtype):
-    """One step of Muon in place. All tensors are (K, rows, cols) but second_momentum_buffer, see
+    """One step of Muon in place. All tensors but second_momentum_buffer are (K, rows, cols), see
     normuon; lr, momentum, beta2 and weight_decay are floats or 0-d tensors."""
     momentum_buffer.lerp_(grads, 1 - momentum)
-    update = grads.lerp(momentum_buffer, momentum)  # Nesterov's look ahead
+    update = grads.lerp(momentum_buffer, momentum)  # Nesterov lookahead
     update = orthogonalize_shared(update, dtype)
     update = normuon(update, second_momentum_buffer, beta2)
     cautious_step(weights, update, lr, weight_decay)
@@ -125,10 +125,10 @@ class MuonAdamW(torch.optim.Optimizer):
         first parameter: momentum_buffer (K, rows, cols), second_momentum_buffer (K, rows, 1) or
         (K, 1, cols).
 
-    A parameter without gradient is left alone, and so is its state.
+    Parameters without gradients are skipped, state included.
     compile: torch.compile for Muon's update in a single process, one graph for each of <= 8 shapes.
     Several processes (DDP): each holds all weights and all state, and expects gradients already
-    averaged. Sharded parameters (FSDP) are refused: a shard of a matrix has other singular values.
+    averaged. Sharded parameters (FSDP) are rejected: a shard's singular values differ.
     ValueError: no kind, no lr, or a muon group of anything but float32 matrices of one shape."""
 
     # Class attributes, because a copied or unpickled optimizer has none of its own
@@ -154,7 +154,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if any(hasattr(p, "full_tensor") for p in params):  # a DTensor
             self.param_groups.pop()
             raise ValueError("MuonAdamW: parameters sharded by FSDP are not supported: use DDP, or "
-                             "make the optimizer of whole parameters")
+                             "build it from whole parameters")
         good = len(found) == 1 and params[0].ndim == 2 and params[0].dtype == torch.float32
         if kind == "muon" and params and not good:
             self.param_groups.pop()
@@ -205,7 +205,7 @@ class MuonAdamW(torch.optim.Optimizer):
         # A tall orthogonal matrix has columns of length 1, but rows of sqrt(cols / rows)
         lr = group["lr"] * max(1, rows / cols) ** 0.5
         numbers = [lr, group["momentum"], group["beta2"], group["weight_decay"]]
-        if self.compiled:  # a float would be a constant: a new value, a new compilation
+        if self.compiled:  # floats are constants: each new value recompiles
             numbers = [torch.tensor(number) for number in numbers]
         self.update_matrices(grads, *changing, *numbers, matmul_dtype(device))
         for tensor, old in zip(changing, before):

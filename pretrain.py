@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on a stream of parquet shards, with DroPE, which in code is:
+"""Pretraining: next-token prediction on a stream of parquet shards, with DroPE. In code:
 
     for step in range(steps):
         if step == switch:                  # for example half-way
@@ -11,7 +11,7 @@ The model recovers, and is no longer tied to the lengths it was trained at (arXi
     torchrun --nproc_per_node 8 pretrain.py --depth 18      # the same batches, the same losses
     python pretrain.py --init d18_9tpp --tpp 1 --drope 0 --tag recalibrated     # see below
     python pretrain.py --fetch 8                            # downloads 8 training shards, and stops
-    python pretrain.py --status                             # which models there are, and how far
+    python pretrain.py --status                             # all models and their progress
 
 Reads tok.py's tokenizer and the shards; downloads the next shards while it trains. Writes to
 base_checkpoints/TAG/ the files of a step (model_, optim_, loader_, meta_) and metrics.jsonl. The
@@ -80,7 +80,7 @@ RECIPE = ("depth", "tpp", "drope", "text_column", "max_seq_len", "total_batch_si
 SHARD_TOKENS, SHARD_BYTES = 54e6, 92e6  # of a shard of the dataset, roughly
 
 
-# ---- Everything that follows from depth, tokens per parameter and drope -------------------------
+# ---- Everything that follows from depth, tokens per parameter and drope --------------------------
 
 def resolve(cfg):
     """Makes depth, tpp, drope and tag agree: a tag like d18_9tpp_drope_50 names all three."""
@@ -115,7 +115,7 @@ def resolve(cfg):
         sys.exit(f"--tag {cfg.tag}: depth is 1 to 99, tokens per parameter above 0, drope 0 to 99")
     cfg.tag = cfg.tag or name_of(cfg.depth, cfg.tpp, cfg.drope)
     if cfg.keep and not re.fullmatch(r"\d{1,2}(\.\d+)?(,\d{1,2}(\.\d+)?)*", cfg.keep):
-        sys.exit(f"--keep {cfg.keep}: percents below 100 with commas between, such as 25,50,75")
+        sys.exit(f"--keep {cfg.keep}: comma-separated percents below 100, such as 25,50,75")
     cfg.data_dir = cfg.data_dir or str(base_dir() / "data" / "climbmix")
 
 
@@ -127,7 +127,7 @@ class Derived:
     steps: int
     switch: int | None  # the first step without RoPE; None: RoPE stays
     lrs: dict  # peak learning rates
-    weight_decay: float  # of Muon, at the beginning
+    weight_decay: float  # Muon's, at the start
 
 
 def derive(cfg, vocab_size):
@@ -171,7 +171,7 @@ def check_sizes(cfg, derived, world=1):
                  "--total-batch-size")
     if cfg.drope and not 0 < derived.switch < steps:
         sys.exit(f"--drope {cfg.drope}: of only {steps:,} steps that is step {derived.switch:,}, "
-                 "so there would be none with RoPE, or none without: use another percentage")
+                 "leaving none with RoPE, or none without: choose another percentage")
     return n_rows
 
 
@@ -291,7 +291,7 @@ class Shards:
             raise DataError(f"{path} cannot be read ({one_line(e)}): {self.advice}") from None
 
 
-# ---- Rows: best-fit packing ---------------------------------------------------------------------
+# ---- Rows: best-fit packing ----------------------------------------------------------------------
 
 class PackedRows:
     """Packs documents into rows of T + 1 tokens, each starting with <|bos|>.
@@ -324,7 +324,7 @@ class PackedRows:
             names = list(self.names) if self.epoch else list(self.names[:len(read)])
             if list(read) != names or any(known.get(n, sha) != sha for n, sha in read.items()):
                 sys.exit(f"{self.shards.folder} does not hold the shards that this run has read "
-                         f"({', '.join(read)}), or others as well: put just those back")
+                         f"({', '.join(read)}), or has others too: restore just those")
             known.update(read)
             for name in read if self.shards.cfg.dataset == "local" else ():
                 self.shards.hash(name)  # the hub's are compared when opened
@@ -346,7 +346,7 @@ class PackedRows:
             self.epoch, self.shard = self.epoch + 1, 0
             if self.epoch != self.epochs:
                 say(f"epoch {self.epoch + 1}: documents repeat, all {len(self.names)} shards are "
-                    f"read (and {len(self.buffer)} short documents still wait for room in a row)")
+                    f"read (and {len(self.buffer)} short documents still wait in the buffer)")
         if self.epoch == self.epochs:
             return False
         name = self.names[self.shard]
@@ -418,7 +418,7 @@ def sample(model, enc, prompt, n=48):
     return enc.decode(ids[1:])
 
 
-# ---- The run ------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 def make_model(cfg, derived, env):
     """A model with random weights, its compiled version, and its optimizer."""
@@ -458,7 +458,7 @@ def find_init(cfg, config, steps, env):
     if different:
         sys.exit(f"--init {cfg.init}: its model has {different}")
     if cfg.drope is not None and not theirs["loop_state"]["use_rope"]:
-        sys.exit(f"--init {cfg.init}: it has no RoPE any more; leave out --drope")
+        sys.exit(f"--init {cfg.init}: it no longer has RoPE; omit --drope")
     if steps < 2 * WARMUP:
         print(f"--init: only {steps} steps, of which the first {WARMUP} warm up the learning rate: "
               "expect a worse model than the one it starts from", file=sys.stderr)
@@ -502,7 +502,7 @@ def trunk_problem(run, shards, folder, switch):
     """Why a run cannot branch off at step `switch` of the run in `folder`, or ""."""
     steps = checkpoint_steps(folder)
     if not steps:
-        return f"{folder}, the same run with RoPE, is not there"
+        return f"{folder}, the same run with RoPE, is missing"
     if switch not in steps:
         return (f"{folder} has no checkpoint of step {switch:,}, only {steps}: it has not come so "
                 "far, or was trained with another --keep")
@@ -631,7 +631,7 @@ def main():
     run.finish(sample=text)
 
 
-# ---- Operations: --fetch, --plan, --status, --bench ---------------------------------------------
+# ---- Operations: --fetch, --plan, --status, --bench ----------------------------------------------
 
 def fetch_only(cfg):
     """Downloads the first shards and the validation shard."""
@@ -693,7 +693,7 @@ def plan(cfg):
         total_hours, total_disk = total_hours + hours, total_disk + disk
         most_shards = max(most_shards, shards)
     print(f"{total_hours:.0f} hours of pretraining at {cfg.speed:,.0f} tokens/s for d18, other "
-          "depths by their FLOPs (170,000 is modelled for an H100 in bfloat16, not measured)")
+          "depths by their FLOPs (170,000 is an estimate for an H100 in bfloat16)")
     print(f"{total_disk / 1e9:.0f} GB of checkpoints and exports, and for the {most_shards} shards "
           f"that all tags share {most_shards * SHARD_BYTES / 1e9:.0f} GB")
 
@@ -740,7 +740,7 @@ def bench(cfg, env):
     """Prints one JSON line: the median time of 20 steps on random tokens, after 3 warm-up steps."""
     cfg.vocab_size = cfg.vocab_size or 32768
     derived = derive(cfg, cfg.vocab_size)
-    derived.steps = 1  # whatever the tpp
+    derived.steps = 1  # for any tpp
     n_rows = check_sizes(replace(cfg, drope=None), derived, env.world)
     env.micro = rows_at_a_time(env, cfg.max_seq_len, cfg.device_batch_size)
     model, compiled, optimizer = make_model(cfg, derived, env)

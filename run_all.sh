@@ -32,7 +32,7 @@
 # Needs Python 3.10 with venv, or uv; for a GPU driver 580, a C compiler and Python.h. d18 at 9
 # tokens per parameter takes 30 GB and 4.8 hours of pretraining (on an H100 in bfloat16, modelled at
 # 170,000 tokens/s, not measured; the "4 hours" of the model card were FP8 runs).
-set -eo pipefail        # without -u, for which old versions of bash take an empty array
+set -eo pipefail        # no -u: old versions of bash take empty arrays for unset
 
 # A _long tag fine-tunes the base model of the tag without _long. A drope tag branches off the run
 # with RoPE of the same depth and tokens per parameter, if that came before.
@@ -49,7 +49,7 @@ die() { echo "run_all.sh: $*" >&2; exit 1; }
 
 HERE="$(dirname "$0")"          # Slurm runs a copy of this file, in the folder of the sbatch
 [ ! -e "$HERE/pretrain.py" ] || cd "$HERE"
-[ -e pretrain.py ] || die "start it in the folder of the repository, not in $PWD"
+[ -e pretrain.py ] || die "run it from the repository folder, not $PWD"
 
 BASE="${NANOCHAT_BASE_DIR:-out}"
 [[ "$BASE" != -* ]] || BASE="./$BASE"
@@ -80,7 +80,7 @@ tag_of() {
     fi
     local tpp='(0|[1-9][0-9]{0,3})([.][0-9]{0,3}[1-9])?' drope='(0|[1-9][0-9]?)'
     [[ "$tag" =~ ^d[1-9][0-9]?_${tpp}tpp(_drope_$drope)?(_long)?$ ]] ||
-        die "'$*' is unknown: say d18 9 50, d18 20 long or d20_40tpp (depth 1 to 99, percent 0 to" \
+        die "'$*' is unknown: use d18 9 50, d18 20 long or d20_40tpp (depth 1 to 99, percent 0 to" \
             "99, no needless zeros), release, or help"
     echo "$tag"
 }
@@ -92,7 +92,7 @@ setup() {
         names="$(sed -n 's/^\([a-z_]*\)[=<>].*/\1/p' requirements.txt)"
         missing="$(python -c 'import importlib.util as util, sys
 print(*[name for name in sys.argv[1:] if not util.find_spec(name)])' $names)" ||
-            die "VENV=no: there is no python in this environment"
+            die "VENV=no: no python in this environment"
         [ -z "$missing" ] || die "VENV=no: this environment lacks $missing (see requirements.txt)"
         return
     fi
@@ -105,8 +105,8 @@ print(*[name for name in sys.argv[1:] if not util.find_spec(name)])' $names)" ||
     if [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    [ "$NODE_RANK" = 0 ] || die "no .venv yet: the machine with NODE_RANK=0 makes it"
-    echo "installing the packages into .venv first (for a GPU, gigabytes)"
+    [ "$NODE_RANK" = 0 ] || die "no .venv yet: NODE_RANK=0 has to create it"
+    echo "installing packages into .venv (gigabytes for a GPU)"
     if command -v uv >/dev/null; then
         [ -x .venv/bin/python ] || uv venv --python '>=3.10' .venv
     else
@@ -158,7 +158,7 @@ trap 'forward TERM TERM' TERM HUP
 trap 'forward INT INT' INT
 forward() {
     STOPPED="$1"
-    if [ "$LAUNCHER" = srun ]; then         # sent a signal, srun itself would kill its tasks
+    if [ "$LAUNCHER" = srun ]; then         # srun would kill its tasks on a signal
         scancel --signal TERM "$SLURM_JOB_ID"
     elif [ -n "$CHILD" ]; then
         kill -"$2" "$CHILD" 2>/dev/null || true
@@ -185,7 +185,7 @@ stage() {
         if [ -n "${SLURM_JOB_ID:-}" ] && [[ "$STOPPED" = USR1 || -z "$STOPPED" ]]; then
             scontrol requeue "$SLURM_JOB_ID" || true
         fi
-        echo "interrupted: the same command resumes" >&2
+        echo "interrupted: rerun to resume" >&2
         exit 75
     fi
     [ "$code" = 0 ] || exit "$code"
@@ -212,7 +212,7 @@ train() {
         stage $torchrun --standalone "$@"
     elif [ -n "$HEAD" ]; then
         local first=$((NODE_RANK == 0)) here
-        here="$(python -c "$ADDRESS" "${HEAD%:*}")" || die "HEAD=$HEAD: that machine is unknown"
+        here="$(python -c "$ADDRESS" "${HEAD%:*}")" || die "HEAD=$HEAD: cannot find that host"
         stage $torchrun $meet "$HEAD" --local-addr "$here" \
             --rdzv-conf "is_host=$first,join_timeout=3600,read_timeout=3600" "$@"
     else
@@ -290,7 +290,7 @@ tiny() {
 
 main() {
     local tags
-    [ $# = 0 ] || [ -n "$*" ] || die "an empty argument: say d18 9 50, release, or help"
+    [ $# = 0 ] || [ -n "$*" ] || die "empty argument: use d18 9 50, release, or help"
     case "$*" in
         ""|tiny) setup; tiny; return;;
         --dry-run|"tiny --dry-run") DRY=yes; tiny; return;;

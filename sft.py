@@ -2,7 +2,7 @@
 
     python sft.py --tag d18_9tpp_drope_50    # from base_checkpoints/d18_9tpp_drope_50
     python sft.py --tag d20_20tpp_long       # from d20_20tpp: longer rows, and 100,000 long chats
-    python sft.py --dry-run                  # only shows three conversations of each source
+    python sft.py --dry-run                  # just show three conversations per source
 
 Reads a base model, its tokenizer, and the sources below, which it downloads to out/data/sft. Writes
 out/chatsft_checkpoints/TAG: checkpoints, metrics.jsonl, and questions.jsonl for chat.py. Takes 30
@@ -164,7 +164,7 @@ class Source(NamedTuple):
     sha256: str  # of the files that the rows are made of
 
 
-def hub_rows(config, repo, name, n_files, to_messages, column=None):
+def hub_rows(cfg, repo, name, n_files, to_messages, column=None):
     """The hub's parquet files NAME-00000-of-... as a Source, in the order of datasets'
     shuffle(seed=42). to_messages(row as a dict) -> messages; a row is converted when it is needed.
     column: one that must hold strings."""
@@ -172,7 +172,7 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
     for i in range(n_files):
         file = f"{name}-{i:05d}-of-{n_files:05d}.parquet"
         dest = base_dir() / "data" / "sft" / Path(repo).name / Path(file).name
-        path = download(repo, file, dest, patience=config.patience)
+        path = download(repo, file, dest, patience=cfg.patience)
         try:
             if column:
                 text_column(path, column).close()
@@ -187,13 +187,13 @@ def hub_rows(config, repo, name, n_files, to_messages, column=None):
     return Source(len(table), get, hashlib.sha256(hashes.encode()).hexdigest())
 
 
-def plain_file(config, where, check):
+def plain_file(cfg, where, check):
     """The bytes of a URL, downloaded once to data/sft, or of a path. check(bytes) says what is
     wrong with them, or "". DataError if there is no such file."""
     if "://" in where:
         # named after the whole URL, so that files of two servers differ
         dest = base_dir() / "data" / "sft" / quote(where, safe="")
-        path = download_url(where, dest, config.patience, check)
+        path = download_url(where, dest, cfg.patience, check)
         advice = "delete it to download it again"
     elif Path(where).is_file():
         path, advice = Path(where), "correct it, or give another file"
@@ -206,9 +206,9 @@ def plain_file(config, where, check):
     return data
 
 
-def json_lines(config, where):
+def json_lines(cfg, where):
     """A file with one JSON array of messages per line, as a Source."""
-    data = plain_file(config, where, wrong_line)
+    data = plain_file(cfg, where, wrong_line)
     rows = [json.loads(line) for line in data.splitlines() if line.strip()]
     return Source(len(rows), rows.__getitem__, hashlib.sha256(data).hexdigest())
 
@@ -225,26 +225,26 @@ def wrong_line(data):
     return "" if data.strip() else "it has no conversations"
 
 
-# ---- The sources, each a function of the config and the split, "train" or "val" -----------------
+# ---- The sources, each a function of the config and the split, "train" or "val" ------------------
 
 def exchange(question, answer):
     """A conversation of two messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def smoltalk(config, split):
+def smoltalk(cfg, split):
     """Conversations about everything (arXiv:2502.02737)."""
     name, n_files = ("data/train", 4) if split == "train" else ("data/test", 1)
-    return hub_rows(config, "HuggingFaceTB/smol-smoltalk", name, n_files,
+    return hub_rows(cfg, "HuggingFaceTB/smol-smoltalk", name, n_files,
                     lambda row: row["messages"])
 
 
-def identity(config, split):
+def identity(cfg, split):
     """Who the model is, and who made it."""
-    return json_lines(config, config.identity)
+    return json_lines(cfg, cfg.identity)
 
 
-def mmlu(config, split):
+def mmlu(cfg, split):
     """Multiple choice (arXiv:2009.03300). Each letter ends its line without a space before it, so
     that it is the same token as the answer."""
     def to_messages(row):
@@ -253,15 +253,15 @@ def mmlu(config, split):
         return exchange(f"Multiple Choice question: {row['question']}\n{choices}\n"
                     "Respond only with the letter of the correct answer.", letters[row["answer"]])
     name = "all/auxiliary_train" if split == "train" else "all/test"
-    return hub_rows(config, "cais/mmlu", name, 1, to_messages, "question")
+    return hub_rows(cfg, "cais/mmlu", name, 1, to_messages, "question")
 
 
-def gsm8k(config, split):
+def gsm8k(cfg, split):
     """Math word problems, with calls to Python (arXiv:2110.14168)."""
     def to_messages(row):
         return exchange(row["question"], calculator_parts(row["answer"]))
     name = "main/train" if split == "train" else "main/test"
-    return hub_rows(config, "openai/gsm8k", name, 1, to_messages, "question")
+    return hub_rows(cfg, "openai/gsm8k", name, 1, to_messages, "question")
 
 
 def calculator_parts(answer):
@@ -269,7 +269,7 @@ def calculator_parts(answer):
     Without "=", the output is empty."""
     parts = []
     for k, piece in enumerate(re.split(r"<<([^>]*)>>", answer)):
-        if k % 2:  # what stood in << >>
+        if k % 2:  # inside << >>
             call, output = piece.rsplit("=", 1) if "=" in piece else (piece, "")
             parts += [{"type": "python", "text": call}, {"type": "python_output", "text": output}]
         elif piece:
@@ -277,11 +277,11 @@ def calculator_parts(answer):
     return parts
 
 
-def tulu(config, split):
+def tulu(cfg, split):
     """Longer conversations (arXiv:2311.10702). The valid rows are shuffled; the last 1,500 (of a
     small file a twentieth) are held out, and the first 100,000 of the others are trained on."""
     dest = base_dir() / "data" / "sft" / "tulu" / "tulu_v2_data.jsonl"
-    path = download("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=config.patience)
+    path = download("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=cfg.patience)
     starts = tulu_rows(path)
     n_train = len(starts) - min(1_500, len(starts) // 20)
     starts = starts[:n_train][:100_000] if split == "train" else starts[n_train:]
@@ -314,15 +314,15 @@ def tulu_rows(path):
     return starts
 
 
-def own_conversations(config, split):
+def own_conversations(cfg, split):
     """--conversations, instead of all sources above."""
-    path = Path(config.conversations)
+    path = Path(cfg.conversations)
     if split == "val":
         path = path.with_name(f"{path.stem}_val{path.suffix}")
     if not path.is_file():
         sys.exit(f"no file {path}: --conversations X.jsonl trains on X.jsonl and validates on "
                  "X_val.jsonl beside it")
-    return json_lines(config, str(path))
+    return json_lines(cfg, str(path))
 
 
 # ---- Generated here: spelling. Row i is made from seed SEED + i, so that nothing is stored -------
@@ -343,31 +343,31 @@ Hoeveel {c} zitten er in {w}|Hur många {c} finns det i {w}|Ile razy {c} występ
 WORDINGS = re.split(r"[|\n]", WORDINGS)  # {c}: the letter, {w}: the word
 
 
-def word_list(config):
+def word_list(cfg):
     """The words, and the sha256 of their file."""
     def check(data):
         only_words = re.fullmatch(rb"\s*[A-Za-z][A-Za-z\s]*", data)
         return "" if only_words else "a word list consists of words of the letters a-z"
-    data = plain_file(config, config.words, check)
+    data = plain_file(cfg, cfg.words, check)
     return data.decode().lower().split(), hashlib.sha256(data).hexdigest()
 
 
-def simple_spelling(config, split):
+def simple_spelling(cfg, split):
     """"Spell the word: apple" -> "apple:a,p,p,l,e"."""
-    words, sha256 = word_list(config)
+    words, sha256 = word_list(cfg)
     random.Random(42).shuffle(words)  # else row i would draw the same word as SpellingBee's row i
     def get(i):
         word = random.Random(SEED[split] + i).choice(words)
         return exchange(f"Spell the word: {word}", f"{word}:{','.join(word)}")
-    return Source(config.spelling_rows, get, sha256)
+    return Source(cfg.spelling_rows, get, sha256)
 
 
-def spelling_bee(config, split):
+def spelling_bee(cfg, split):
     """Counting a letter of a word by hand, then with Python."""
-    words, sha256 = word_list(config)
+    words, sha256 = word_list(cfg)
     def get(i):
         return count_letter(random.Random(SEED[split] + i), words)
-    return Source(config.bee_rows, get, sha256)
+    return Source(cfg.bee_rows, get, sha256)
 
 
 def count_letter(rng, words):
@@ -396,7 +396,7 @@ def count_letter(rng, words):
         {"type": "text", "text": f"\n\nPython counts {count} as well.\n\n#### {count}"}])
 
 
-# ---- The mixture: all rows of all sources in one shuffled order ---------------------------------
+# ---- The mixture: all rows of all sources in one shuffled order ----------------------------------
 
 class Ingredient(NamedTuple):
     open: Callable  # from config and split to a Source
@@ -456,42 +456,42 @@ class Mixture:
                      "leaves that source out")
 
 
-def source_names(config):
+def source_names(cfg):
     """The names of the sources in this mixture."""
     names = ["smoltalk", "identity", "mmlu", "gsm8k", "spelling", "spellingbee"]
-    if config.tag.endswith("_long"):
+    if cfg.tag.endswith("_long"):
         names.append("tulu")
-    if config.conversations:
+    if cfg.conversations:
         names = ["conversations", "spelling", "spellingbee"]
-    skipped = [name for name in config.skip.split(",") if name]
+    skipped = [name for name in cfg.skip.split(",") if name]
     for name in skipped:
         if name not in INGREDIENTS:
             sys.exit(f"--skip {name}: the sources are {', '.join(INGREDIENTS)}")
     return [name for name in names if name not in skipped]
 
 
-def open_mixture(config, split):
+def open_mixture(cfg, split):
     """The Mixture of "train" or "val". Nothing goes missing silently: a source that has another
     size than published gets a notice; sources that cannot be downloaded end the program with a line
     each."""
     sources, lost = [], []
-    for name in source_names(config):
+    for name in source_names(cfg):
         ingredient = INGREDIENTS[name]
         expected = ingredient.n_rows if split == "train" else ingredient.n_held_out
         if expected == 0:
             continue
         try:
-            source = ingredient.open(config, split)
+            source = ingredient.open(cfg, split)
         except DataError as e:
             n = ingredient.n_rows * ingredient.epochs
             use = f"{n:,} conversations of the mixture" if split == "train" else "the validation"
             lost.append(f"{name}: {e}. It is needed for {use}; add --skip {name} to train without "
                         "it")
-            config = replace(config, patience=min(config.patience, 10))  # for the other sources
+            cfg = replace(cfg, patience=min(cfg.patience, 10))  # for the other sources
             continue
         if split == "val":
             source = source._replace(n_rows=min(source.n_rows, expected))
-        if expected not in (ALL, source.n_rows) and not config.conversations:
+        if expected not in (ALL, source.n_rows) and not cfg.conversations:
             kind = "mixture" if split == "train" else "validation"
             print(f"{name}: {source.n_rows:,} rows, but the published {kind} has {expected:,}",
                   file=sys.stderr)
@@ -504,23 +504,23 @@ def open_mixture(config, split):
     return Mixture(sources)
 
 
-def write_questions(config, path):
+def write_questions(cfg, path):
     """Held-out conversations for chat.py, formatted as in training: {"source", "messages"} on each
     line. The file is empty if the mixture has no such source."""
     lines = []
-    for name in source_names(config):
+    for name in source_names(cfg):
         if INGREDIENTS[name].n_questions:
-            source = INGREDIENTS[name].open(config, "val")
+            source = INGREDIENTS[name].open(cfg, "val")
             for i in range(min(source.n_rows, INGREDIENTS[name].n_questions)):
                 lines.append(json.dumps({"source": name, "messages": source.get(i)}) + "\n")
     atomic_write(path, "".join(lines))
 
 
-def dry_run(config):
+def dry_run(cfg):
     """Prints the mixture and three conversations of each source, with the trained tokens in
     green."""
     enc = load_tokenizer(base_dir() / "tokenizer")
-    mixtures = {split: open_mixture(config, split) for split in ("train", "val")}
+    mixtures = {split: open_mixture(cfg, split) for split in ("train", "val")}
     for split, mixture in mixtures.items():
         print(f"{split}:\n{mixture.table()}\n")
     for name, _, source in mixtures["train"].sources:
@@ -538,7 +538,7 @@ def coloured(enc, ids, mask):
     return text
 
 
-# ---- Rows: best-fit packing, whole conversations only -------------------------------------------
+# ---- Rows: best-fit packing, whole conversations only --------------------------------------------
 
 class Packer:
     """Packs whole conversations into rows of row_len = T + 1 tokens; uses each one once.
@@ -616,25 +616,18 @@ class Packer:
         return None if batch is None else batch[:, :self.rows - before]
 
 
-# ---- The run ------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
-def chat_lr_factor(done):
-    """Constant 1 for the first half of the conversations, then linear to 0. done: 0 to 1."""
-    return min(1.0, 2 * (1 - done))
-
-
-def chat_muon_momentum(step):
-    """0.85 -> 0.95 over 300 steps."""
-    return 0.85 + (0.95 - 0.85) * min(step / 300, 1)
-
-
-def set_schedules(optimizer, step, done):
-    """Sets the learning rates and Muon's momentum. Returns the factor of the learning rates."""
+def set_schedules(optimizer, step, progress):
+    """Sets the learning rates, constant for the first half of the conversations, then linear to 0,
+    and Muon's momentum, 0.85 -> 0.95 over 300 steps. progress: 0 to 1. Returns the factor of the
+    learning rates."""
+    factor = min(1.0, 2 * (1 - progress))
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * chat_lr_factor(done)
+        group["lr"] = group["initial_lr"] * factor
         if group["kind"] == "muon":
-            group["momentum"] = chat_muon_momentum(step)
-    return chat_lr_factor(done)
+            group["momentum"] = 0.85 + (0.95 - 0.85) * min(step / 300, 1)
+    return factor
 
 
 def check_files(cfg):

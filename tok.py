@@ -129,7 +129,7 @@ def count_chunks(shards, max_chars, workers):
         for path, group, counts, chars, docs in results:
             if shards.paths.index(path) == n_shards:  # the next shard begins
                 n_shards += 1
-                print(f"counting {path.name}, {total_chars:,} characters before it", flush=True)
+                print(f"counting {path.name}, {total_chars:,} characters so far", flush=True)
             left = max_chars - total_chars
             if chars > left:  # the last one: recount only as far as needed
                 counts, chars, docs = count_row_group(shards, path, group, left)
@@ -305,11 +305,11 @@ def parse_args():
     for name, default, text in (
             ("--data-dir", base / "data/climbmix", "folder with the parquet shards"),
             ("--text-column", "text", "the column of the shards that holds the text"),
-            ("--out-dir", base / "tokenizer", "folder for the tokenizer; one in it is kept"),
+            ("--out-dir", base / "tokenizer", "tokenizer folder; an existing one is kept"),
             ("--vocab-size", 32768, "ids in all: 256 bytes, the merges, 9 special tokens"),
             ("--max-chars", 2_000_000_000, "characters to train on, all if there are fewer"),
-            ("--doc-cap", 10_000, "cut every document at so many characters"),
-            ("--workers", min(cores, 16), "processes that count; the tokens are the same")):
+            ("--doc-cap", 10_000, "truncate documents to this length"),
+            ("--workers", min(cores, 16), "counting processes; tokens are unaffected")):
         kind = above_zero if isinstance(default, int) else type(default)
         parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--check", action="store_true", help="only check the options")
@@ -360,7 +360,7 @@ def main():
         sys.exit(f"cannot read a shard: {' '.join(str(e).split())}; replace or remove it "
                  f"({FETCH} downloads missing shards of ClimbMix)")
     except BrokenProcessPool:
-        sys.exit("a worker died, perhaps for lack of memory: try again with --workers 1")
+        sys.exit("a worker died, perhaps out of memory: try again with --workers 1")
     print(f"counted {chars:,} characters, {len(counts):,} distinct chunks "
           f"in {time.time() - start:.1f} s", flush=True)
     if chars < args.max_chars:
