@@ -445,6 +445,16 @@ def open_shards(cfg, run):
     return shards
 
 
+def open_streams(cfg, run, shards, enc, position):
+    """The training rows (on rank 0), from `position` or where the run was saved; the validation
+    rows."""
+    stream, make_rows, row_len = None, None, cfg.max_seq_len + 1
+    if run.env.rank == 0:
+        stream = PackedRows(shards, shards.names, enc, row_len, position or run.loader_state())
+        make_rows = PackedRows(shards, [shards.validation], enc, row_len, epochs=1).batch
+    return stream, ValidationRows(make_rows, cfg.max_seq_len, token_bytes(enc), run.env)
+
+
 def find_init(cfg, config, steps, env):
     """For --init, on rank 0: (folder, step, its description with the weights' sha256) of the model
     to start from. Exits unless that is finished, with the same tokenizer and sizes."""
@@ -539,19 +549,7 @@ def set_schedules(optimizer, step, steps, weight_decay):
     return factor
 
 
-def main():
-    cfg = parse_config(Config, __doc__)
-    resolve(cfg)
-    if cfg.plan:
-        return plan(cfg)
-    if cfg.fetch:
-        return fetch_only(cfg)
-    if cfg.status:
-        return status()
-    env = setup_env(compile=cfg.compile)
-    if cfg.bench:
-        return bench(cfg, env)
-
+def train(cfg, env):
     # What to train, and where to start: from this run's newest checkpoint; or from the checkpoint
     # that the run with RoPE, the trunk, kept at the switch; or from the model of --init; or from
     # scratch
@@ -574,18 +572,14 @@ def main():
         run.say(f"branching off {trunk[0]}, which is the same run up to the switch")
 
     model, compiled, optimizer = make_model(cfg, derived, env)
-    stream = validation = position = None
+    position = None
     if init and not run.source:
         position = start_from_init(model, run, *init[:2])
     if env.rank == 0:
         log_head(cfg, derived, env, attention=attention_kernel(env, derived.config),
                  rows_per_step=n_rows, tokenizer=recipe["tokenizer"],
                  starting_from=recipe["init"], revision=shards.revision, **run.data)
-        stream = PackedRows(shards, shards.names, enc, cfg.max_seq_len + 1,
-                            position or run.loader_state())
-        validation = PackedRows(shards, [shards.validation], enc, cfg.max_seq_len + 1, epochs=1)
-    validation_rows = ValidationRows(validation and validation.batch, cfg.max_seq_len,
-                                     token_bytes(enc), env)
+    stream, validation_rows = open_streams(cfg, run, shards, enc, position)
     keep = kept_steps(cfg, steps, run.meta.get("user_config", {}).get("keep", ""))
     run.start(model, optimizer, stream, n_rows, keep, steps=steps, switch=switch,
               tokenizer=recipe["tokenizer"], revision=shards and shards.revision,
@@ -784,6 +778,21 @@ def bench(cfg, env):
             mfu=env.peak_flops and round(flops / env.peak_flops, 4), tflops=round(flops / 1e12, 3),
             matmul_tflops=round(matmul / 1e12, 3), of_matmul_rate=round(flops / matmul, 3),
             peak_memory_gb=round(peak / 1e9, 2))))
+
+
+def main():
+    cfg = parse_config(Config, __doc__)
+    resolve(cfg)
+    if cfg.plan:
+        return plan(cfg)
+    if cfg.fetch:
+        return fetch_only(cfg)
+    if cfg.status:
+        return status()
+    env = setup_env(compile=cfg.compile)
+    if cfg.bench:
+        return bench(cfg, env)
+    train(cfg, env)
 
 
 if __name__ == "__main__":

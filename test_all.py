@@ -1671,6 +1671,17 @@ def test_a_request_to_stop_is_followed_while_data_are_awaited(capsys):
     assert "stopped at step 3: SIGTERM" in capsys.readouterr().err
 
 
+def test_a_second_ctrl_c_does_not_wait(capfd):
+    run = M.Run.__new__(M.Run)
+    run.env, run.stop_reason = CPU, None
+    run.take_signal(signal.SIGTERM, None)
+    run.take_signal(signal.SIGTERM, None)  # a scheduler that repeats itself
+    assert run.stop_reason == "SIGTERM"
+    with pytest.raises(SystemExit, match="interrupted"):
+        run.take_signal(signal.SIGINT, None)
+    assert capfd.readouterr().err.count("Ctrl-C again to stop at once") == 1
+
+
 class Refusal(Exception):
     def __init__(self, status, **headers):
         self.response = types.SimpleNamespace(status_code=status, headers=headers)
