@@ -280,7 +280,7 @@ class GPT(nn.Module):
         chunk = chunk or (4096 if idx.is_cuda else 512)
         positions = torch.arange(T, device=idx.device) if cache is None else cache.start(T)
         rotary = q_scale = None
-        if self.use_rope:  # DroPE: the switch; nothing else here knows of it
+        if self.use_rope:  # DroPE: only here forward() depends on it
             rotary = self.rotary(T, idx.device) if cache is None else cache.rotary[:, positions]
             rotary = rotary.unbind()  # cos, sin: (..., T, 1, head_dim) each
         if self.logn_scale:  # never in training
@@ -1413,6 +1413,7 @@ class Run:
         """Locks the folder and finds its newest checkpoint. recipe: names and values of what
         changes the weights, which must equal the checkpoint's. env: see setup_env."""
         self.folder, self.cfg, self.recipe, self.env = Path(folder), cfg, recipe, env
+        # source: folder of the checkpoint to start from, this run's or its trunk's; else None
         self.source, self.meta, self.stop_reason = None, {}, None
         self.now = dict(step=0, progress=0.0, val_bpb=None, loop_state=dict(
             min_val_bpb=float("inf"), smooth_train_loss=0.0, total_training_time=0.0))
@@ -1475,7 +1476,8 @@ class Run:
         self.n_rows, self.position = n_rows, None
         if self.source:
             load_weights(model, optimizer, self.source, self.step, self.env.device)
-            self.say(f"resuming from step {self.step} of {self.source}")
+            how = "resuming" if self.source == self.folder else "continuing"
+            self.say(f"{how} from step {self.step} of {self.source}")
         if self.env.rank == 0:
             self.open_metrics()
             self.position, self.batches = stream.state(), queue.Queue(maxsize=1)
@@ -1612,7 +1614,7 @@ class Run:
             sys.exit("interrupted")
         if self.stop_reason is None and self.env.rank == 0:
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+                os.write(2, b"\nsaving, then stopping; Ctrl-C again to stop at once, unsaved\n")
         self.stop_reason = signal.Signals(number).name
 
     def check_stop(self):

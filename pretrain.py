@@ -19,6 +19,9 @@ same command resumes an interrupted run. d18 at 9 tokens per parameter takes 4.8
 bfloat16 (modelled at 170,000 tokens/s, not measured). Left out: sharding of weights, so a model has
 to fit on one GPU.
 
+A drope run continues the checkpoint that the run with RoPE kept at the switch, optimizer and data
+included, if there is one; else it trains from scratch.
+
 --init starts from the weights of a finished model, with a fresh optimizer and schedule, at the
 place in the data where its training stopped. With --drope 0 this recalibrates a model with RoPE to
 do without it, the paper's main use of DroPE. Keep the learning rates high, as they are by default:
@@ -250,8 +253,8 @@ class Shards:
                      patience=self.cfg.patience)
 
     def hash(self, name):
-        """The sha256 of a shard. DataError unless it is the known one: the hub's, or that of
-        the file that this run (or the run it branches off) has read before."""
+        """The sha256 of a shard, downloaded if need be. DataError unless it is the known one: the
+        hub's, or that of the file that this run (or the run it branches off) has read before."""
         path = self.get(name)
         self.stats[name] = stat_of(path)
         sha256 = file_hash(path)
@@ -351,7 +354,7 @@ class PackedRows:
             return False
         name = self.names[self.shard]
         if self.n_groups is None:
-            self.shards.hash(name)
+            self.shards.hash(name)  # downloads it if it is missing
             self.n_groups = self.shards.n_row_groups(name)
             for ahead in self.names[self.shard + 1:self.shard + 3]:
                 self.shards.fetch_ahead(ahead)
@@ -492,9 +495,9 @@ def start_from_init(model, run, folder, step):
 
 
 def find_trunk(run, shards, derived):
-    """A drope run equals the run with RoPE up to its switch, and so may start from the checkpoint
-    that the latter kept there. Returns (folder, step) of that checkpoint; None if there is none, or
-    this run has begun already."""
+    """The trunk of a drope run is the run with RoPE of the same depth and tpp. The two are equal up
+    to the switch, so a drope run may continue the checkpoint that its trunk kept there. Returns
+    (folder, step) of that checkpoint; None if there is none, or this run has begun already."""
     cfg, switch = run.cfg, derived.switch
     if not cfg.drope or cfg.init or run.source:
         return None

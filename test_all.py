@@ -1436,7 +1436,7 @@ def test_a_branch_equals_the_run_from_scratch(drope_run, trunk_base, run_here):
     assert M.checkpoint_steps(folder.parent / TRUNK) == [5, 10, 15, 20]
     status, output = run_here(pretrain, DROPE, trunk_base)
     assert status == 0 and f"branching off {folder.parent / TRUNK}" in output
-    assert "resuming from step 10" in output
+    assert "continuing from step 10" in output
     assert_same_run(drope_run, folder)
     status, output = run_here(pretrain, DROPE, trunk_base)
     assert (status, output) == (0, f"{folder} is finished (step 20), skipped\n")
