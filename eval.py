@@ -83,8 +83,9 @@ ARMS = {  # name: (RoPE scaling, the arm without c if c is fitted)
 def scaled_tables(T, head_dim, device, n_train, scaling):
     """rotary_tables for s = T / n_train > 1 training lengths. ntk ("NTK-aware"): a larger theta, so
     that the slowest rotation becomes s times slower and the fastest stays. by parts: frequencies
-    with less than 1 rotation in n_train tokens are divided by s, those with more than 32 stay, with
-    a ramp between. YaRN (arXiv:2309.00071) is "by parts" with a temperature, whose role c plays."""
+    with fewer than 1 rotation in n_train tokens are divided by s, those with more than 32 stay,
+    with a ramp between. YaRN (arXiv:2309.00071) is "by parts" with a temperature, whose role c
+    plays."""
     s = T / n_train
     if s <= 1 or not scaling:
         return rotary_tables(T, head_dim, device)

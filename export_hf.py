@@ -33,7 +33,7 @@ STOP = {"base": "<|bos|>", "sft": "<|assistant_end|>"}  # the token that ends ge
 @dataclass
 class Config:
     tag: str = option("", "which model, such as d18_9tpp_drope_50")
-    stage: str = option("all", "base, sft or all: those of the two that exist")
+    stage: str = option("all", "base, sft or all: whichever of the two exist")
     push: str = option("", "a user or organisation of the hub: publish the tag there")
     all: bool = option(False, "with --push: every finished tag instead of one")
     private: bool = option(False, "with --push: make the repositories private")
@@ -305,7 +305,7 @@ def push(cfg, tag):
 
 def find_repo(user, tag, kind):
     """(name, hub_hashes) of a repository of a tag, under our name or the public nanochat repo's.
-    The base of a _long tag may be published without the _long only."""
+    A _long tag's base may be published only under the short tag."""
     def look(name):
         with contextlib.suppress(huggingface_hub.errors.RepositoryNotFoundError):
             return hub_hashes(huggingface_hub.HfApi(), name)

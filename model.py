@@ -47,7 +47,8 @@ class GPTConfig:
 
     @property
     def intermediate_size(self):
-        """8/3 n_embd: SwiGLU's 3 matrices cost as much as 2 of 4 n_embd (arXiv:2002.05202)."""
+        """8/3 n_embd: SwiGLU's 3 matrices cost as much as an MLP's 2 at 4 n_embd
+        (arXiv:2002.05202)."""
         return round(8 / 3 * self.n_embd / 128) * 128
 
 
@@ -77,8 +78,8 @@ def rotate(x, cos, sin):
 
 def query_scale(positions, n_train, c):
     """max(1, 1 + c ln(n / n_train)) for queries at `positions` (..., T), which attend to n =
-    position + 1 tokens: float32 (..., T, 1, 1). The more tokens compete in a softmax, the less the
-    right one can get. Sharper logits compensate for that (arXiv:2501.19399)."""
+    position + 1 tokens: float32 (..., T, 1, 1). The more tokens compete in a softmax, the smaller
+    the right one's share. Sharper logits compensate for that (arXiv:2501.19399)."""
     n = (positions + 1).float()
     return (1 + c * (n / n_train).log()).clamp(min=1)[..., None, None]
 
@@ -379,7 +380,7 @@ def most_likely(logits):
 
 @torch.inference_mode()
 def generate(model, texts, n, choose=most_likely, cache=None):
-    """Continues B texts, lists of ids. Yields, n times, a list of B ids: each text's next.
+    """Continues B texts, lists of ids. Yields n lists of B ids: the next token of each text.
 
     The texts are read one by one, because they differ in length; then all grow by one token per
     step. The caller may replace ids in a yielded list: generation continues from those. choose:
@@ -668,7 +669,7 @@ def lock_file(path, busy, patience=0):
 
 
 def has_kind(value, kind):
-    """Whether a value read from JSON has a type. An int may be a float; a bool is no number."""
+    """Whether a value read from JSON has a type. An int passes as a float; a bool does not."""
     if kind in (int, float):
         number = type(value) is int or kind is float and type(value) is float
         return number and abs(value) < 1e15  # not nan either
@@ -843,7 +844,7 @@ def read_meta(folder, step):
                      f"to {most:,}")
     if sizes["n_embd"] % (2 * sizes["n_head"]) or sizes["n_kv_head"] != sizes["n_head"]:
         sys.exit(f"{path}: n_embd {sizes['n_embd']} does not divide into n_head {sizes['n_head']} "
-                 "heads of an even size, or n_kv_head is another number")
+                 "heads of an even size, or n_kv_head differs from n_head")
     if not isinstance(loop.get("use_rope"), bool):
         sys.exit(f"{path} does not say if the model has RoPE (chat checkpoints of the nanochat "
                  "repo do not): set loop_state.use_rope in it to true or false")
@@ -937,8 +938,8 @@ def finished_checkpoint(folder):
 
 
 def weights_hash(folder, step):
-    """The sha256 of a checkpoint's weights, from the meta file, with which newest_checkpoint() has
-    compared it; or computed, if the meta file (of other code) has none."""
+    """The sha256 of a checkpoint's weights, from the meta file, once
+    newest_checkpoint() has checked it, or computed, if the meta file (from other code) has none."""
     weights = checkpoint_files(folder, step)["model"]
     return read_meta(folder, step).get("sha256", {}).get(weights.name) or file_hash(weights)
 
@@ -958,7 +959,7 @@ def load_part(folder, step, part, device="cpu"):
 
 
 def load_weights(model, optimizer, folder, step, device):
-    """Loads model and optimizer in place, and whether the model has RoPE."""
+    """Loads model and optimizer in place, and sets model.use_rope."""
     model.load_state_dict(load_part(folder, step, "model", device))
     try:
         optimizer.load_state_dict(load_part(folder, step, "optim", device))
@@ -1528,7 +1529,7 @@ class Run:
             with contextlib.suppress(queue.Empty):
                 if self.env.rank == 0 and not self.stop_reason:
                     batch, problem, position = self.batches.get(timeout=0.5)
-            # All processes must decide the same: what any of them says counts for all
+            # All processes must agree: what any one of them reports holds for all
             ready, failed, stop = largest_of_all(
                 [batch is not None, bool(problem), bool(self.stop_reason)], self.env)
             if stop:

@@ -8,7 +8,7 @@
 The same model as in model.py, with what transformers (tried with 5.0, 5.20 and 5.24) needs: a
 key-value cache, padding, interchangeable kernels, and outputs for its trainers and generators.
 
-config.use_rope is the special thing about it. True: q and k are rotated by their positions (RoPE,
+What sets it apart is config.use_rope. True: q and k are rotated by their positions (RoPE,
 arXiv:2104.09864). False: no positional embeddings at all (DroPE, arXiv:2512.12167). Left out:
 dropout, biases, scaled RoPE, tied embeddings.
 """

@@ -4,7 +4,7 @@
                            dict(kind="adamw", params=[embedding, head], lr=0.003)])
     loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-The singular values of an update tell how far it moves each direction of a matrix. In plain momentum
+An update's singular values say how far it moves a matrix in each direction. In plain momentum
 they differ widely: after 150 steps of a 4-layer model of width 256, the ten largest of 256 held 46
 to 82% of the squared norm, and the median was 2 to 8% of the largest. So momentum alone learns a
 few directions and neglects the rest. Muon (https://kellerjordan.github.io/posts/muon) sets all

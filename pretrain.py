@@ -5,7 +5,7 @@
             model.use_rope = False          # no positional embeddings from here on, in any layer
         train(model, next_batch(), step)    # data, learning rates and budget do not change
 
-The model recovers, and is no longer tied to the lengths it was trained at (arXiv:2512.12167).
+The model recovers, and is no longer tied to the lengths it was trained on (arXiv:2512.12167).
 
     python pretrain.py --tag d18_9tpp_drope_50              # 18 layers, 9 tokens a parameter
     torchrun --nproc_per_node 8 pretrain.py --depth 18      # the same batches, the same losses
@@ -103,7 +103,7 @@ def resolve(cfg):
         if cfg.depth is None:
             cfg.depth = read_meta(folder, steps[-1])["model_config"]["n_layer"]
     elif not said and re.match(r"d\d", cfg.tag):
-        sys.exit(f"--tag {cfg.tag}: a tag is like d18_9tpp or d18_9tpp_drope_50; other names do "
+        sys.exit(f"--tag {cfg.tag}: a tag is like d18_9tpp or d18_9tpp_drope_50; other names must "
                  "not begin with d and a digit")
     if said:
         if cfg.tag != name_of(*said):
@@ -517,7 +517,7 @@ def trunk_problem(run, shards, folder, switch):
     if not steps:
         return f"{folder}, the same run with RoPE, is missing"
     if switch not in steps:
-        return (f"{folder} has no checkpoint of step {switch:,}, only {steps}: it has not come so "
+        return (f"{folder} has no checkpoint of step {switch:,}, only {steps}: it has not got that "
                 "far, or was trained with another --keep")
     try:
         check_checkpoint(folder, switch)
@@ -691,8 +691,8 @@ def plan(cfg):
         most_shards = max(most_shards, shards)
     print(f"{total_hours:.0f} hours of pretraining at {cfg.speed:,.0f} tokens/s for d18, other "
           "depths by their FLOPs (170,000 is an estimate for an H100 in bfloat16)")
-    print(f"{total_disk / 1e9:.0f} GB of checkpoints and exports, and for the {most_shards} shards "
-          f"that all tags share {most_shards * SHARD_BYTES / 1e9:.0f} GB")
+    print(f"{total_disk / 1e9:.0f} GB of checkpoints and exports, plus "
+          f"{most_shards * SHARD_BYTES / 1e9:.0f} GB for the {most_shards} shards that they share")
 
 
 def status():

@@ -47,7 +47,7 @@ d20_40tpp  d20_40tpp_long     d20_40tpp_drope_50  d20_40tpp_drope_50_long}"
 
 die() { echo "run_all.sh: $*" >&2; exit 1; }
 
-HERE="$(dirname "$0")"          # Slurm runs a copy of this file, in the folder of the sbatch
+HERE="$(dirname "$0")"          # Slurm runs a copy of this file, in the folder sbatch ran in
 [ ! -e "$HERE/pretrain.py" ] || cd "$HERE"
 [ -e pretrain.py ] || die "run it from the repository folder, not $PWD"
 

@@ -10,7 +10,7 @@ to 90 minutes on one H100 (estimated). After an interruption the same command re
 
 The loss covers only what the assistant writes (as in InstructGPT, arXiv:2203.02155). Whole
 conversations are packed into rows by best fit (arXiv:2404.10830); those in one row can see each
-other. A quarter of the conversations is generated here, about spelling and counting letters: a
+other. A quarter of the conversations are generated here, about spelling and counting letters: a
 model that sees tokens has to be taught that words have letters. Left out: preference tuning,
 reinforcement learning.
 
@@ -278,8 +278,8 @@ def calculator_parts(answer):
 
 
 def tulu(cfg, split):
-    """Longer conversations (arXiv:2311.10702). The valid rows are shuffled; the last 1,500 (of a
-    small file a twentieth) are held out, and the first 100,000 of the others are trained on."""
+    """Longer conversations (arXiv:2311.10702). The valid rows are shuffled; the last 1,500 (a
+    twentieth of a small file) are held out, and the first 100,000 of the others are trained on."""
     dest = base_dir() / "data" / "sft" / "tulu" / "tulu_v2_data.jsonl"
     path = download("allenai/tulu-v2-sft-long-mixture", dest.name, dest, patience=cfg.patience)
     starts = tulu_rows(path)
@@ -471,9 +471,9 @@ def source_names(cfg):
 
 
 def open_mixture(cfg, split):
-    """The Mixture of "train" or "val". Nothing goes missing silently: a source that has another
-    size than published gets a notice; sources that cannot be downloaded end the program with a line
-    each."""
+    """The Mixture of "train" or "val". Nothing goes missing silently: a source whose size differs
+    from the published one prints a notice; sources that cannot be downloaded end the program, with
+    one line each."""
     sources, lost = [], []
     for name in source_names(cfg):
         ingredient = INGREDIENTS[name]
@@ -500,7 +500,7 @@ def open_mixture(cfg, split):
         sys.exit("\n".join(lost))
     if not any(source.n_rows for _, _, source in sources):
         purpose = "train on" if split == "train" else "validate with"
-        sys.exit(f"no conversation is left to {purpose}: use fewer of --skip, or more rows")
+        sys.exit(f"no conversation is left to {purpose}: skip fewer sources, or use more rows")
     return Mixture(sources)
 
 

@@ -9,7 +9,7 @@ OUT_DIR/tokenizer.tiktoken (a token and its rank per line, as tiktoken.load read
 OUT_DIR/config.json. Takes some minutes and 4 GB of memory.
 
 The text is split into chunks, roughly words, and equal ones are counted. train_slowly() then shows
-the algorithm; train() does the same fast, and finds exactly the tokens of rustbpe. Left out:
+the algorithm; train() does the same thing fast, and finds exactly rustbpe's tokens. Left out:
 encoding (use tiktoken), more than 65,536 ids.
 """
 import argparse
@@ -108,7 +108,7 @@ def count_row_groups(shards, max_chars, workers):
     row_groups, waiting = shards.row_groups(), deque()
     try:
         while True:
-            # Workers start here, and inherit that Ctrl-C is blocked: the main process ends them
+            # Workers start here and inherit the block on Ctrl-C: the main process ends them
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             for path, group in islice(row_groups, 2 * workers - len(waiting)):
                 counted = pool.submit(count_row_group, shards, path, group, max_chars)
