@@ -1671,6 +1671,13 @@ def test_a_request_to_stop_is_followed_while_data_are_awaited(capsys):
     assert "stopped at step 3: SIGTERM" in capsys.readouterr().err
 
 
+def test_data_that_run_out_end_a_run():
+    run = M.Run.__new__(M.Run)
+    run.batches, stream = queue.Queue(), types.SimpleNamespace(batch=lambda n: None, state=dict)
+    run.make_batches(stream, 4)
+    assert run.batches.get() == (None, "the data have run out", {})
+
+
 def test_a_second_ctrl_c_does_not_wait(capfd):
     run = M.Run.__new__(M.Run)
     run.env, run.stop_reason = CPU, None
