@@ -1583,6 +1583,9 @@ def test_a_model_that_saw_other_data_is_trained_further_from_the_beginning(init_
     _, said = run_here(pretrain, args, init_base)
     assert "at the beginning of the data (that model's: training_files = 3 files" in said
     assert "finished: " in said and "RoPE on" in said
+    change_meta(source, 20, lambda meta: meta["loop_state"].update(use_rope=False))
+    run_here(pretrain, [*RECALIBRATED[:-1], "d1-more"], init_base)  # one without RoPE stays so
+    assert final(source.parent / "d1-more")[1]["loop_state"]["use_rope"] is False
 
 
 # ---- Shards come from the hub while it trains ----------------------------------------------------
@@ -1714,6 +1717,12 @@ def test_retry(monkeypatch, errors, slept, words):
     with pytest.raises(SystemExit) as caught:
         M.guard(lambda: M.retry("a file", 99, attempt, denied="log in"))
     assert words in caught.value.code and "\n" not in caught.value.code and pauses == slept
+
+
+def test_a_bug_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(M.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(TypeError):
+        M.retry("a file", 99, lambda: None + 1)
 
 
 # ---- What else stops a run -----------------------------------------------------------------------
