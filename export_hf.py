@@ -21,7 +21,7 @@ import huggingface_hub
 import torch
 
 from model import (FOLDERS, Damaged, GPTConfig, atomic_write, base_dir, checkpoint_files, download,
-                   file_hash, folder_of, guard, load_part, load_tokenizer, lock_file,
+                   folder_of, guard, has_hub_hash, load_part, load_tokenizer, lock_file,
                    newest_checkpoint, option, parse_config, parse_tag, read_lines, read_meta,
                    results_of, retry, token_bytes, tokenizer_hash, tokenizer_of, unfinished,
                    weights_hash)
@@ -268,7 +268,7 @@ def upload(repo, folder, private):
                       delete_patterns=["model_*", "optim_*", "meta_*"])
     for name, expected in hub_hashes(api, repo).items():
         path = folder / name
-        if path.is_file() and file_hash(path, git=len(expected) == 40) != expected:
+        if path.is_file() and not has_hub_hash(path, expected):
             raise ConnectionError(f"{name} on the hub is not what was sent")
 
 
@@ -363,7 +363,7 @@ def pull_checkpoint(repo, hashes, folder, temp):
             sys.exit(f"{folder} holds another run (step {here}): choose another NANOCHAT_BASE_DIR")
         for name in [*parts, *({"metrics.jsonl", "questions.jsonl"} & hashes.keys())]:
             path = folder / name
-            if path.exists() and file_hash(path, git=len(hashes[name]) == 40) != hashes[name]:
+            if path.exists() and not has_hub_hash(path, hashes[name]):
                 path.unlink()  # left over from something else
             download(repo, name, path, "model")
         meta = json.loads(download(repo, files["meta"].name, temp, "model").read_text())

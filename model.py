@@ -645,6 +645,12 @@ def file_hash(path, git=False):
     return digest.hexdigest()
 
 
+def has_hub_hash(path, expected):
+    """Whether a file has the hash that the hub gives: its sha256, or for a small file git's sha1,
+    which has 40 digits."""
+    return file_hash(path, git=len(expected) == 40) == expected
+
+
 def lock_file(path, busy, patience=0):
     """Opens `path` and locks it until the file is closed or the process ends, however that happens.
     If another process holds the lock, tries for `patience` seconds, then exits with the line
@@ -1062,8 +1068,7 @@ def download(repo_id, filename, dest, repo_type="dataset", revision="main", pati
             then = f"continuing after {kept:,} bytes" if kept else "starting over"
             print(f"{name} was interrupted: {then}", file=sys.stderr, flush=True)
         got = hf_hub_download(repo_id, filename, local_dir=part, **where)
-        # The hub's etag is the sha256, or for a small file git's sha1, which has 40 digits
-        damaged = file_hash(got, git=len(about.etag) == 40) != about.etag
+        damaged = not has_hub_hash(got, about.etag)
         if not damaged:
             os.replace(got, dest)
         shutil.rmtree(part)

@@ -26,7 +26,8 @@ included, if there is one; else it trains from scratch.
 place in the data where its training stopped. With --drope 0 this recalibrates a model with RoPE to
 do without it, the paper's main use of DroPE. Keep the learning rates high, as they are by default:
 QK-norm keeps training stable, and at low rates the model recovers less. Without --drope it is plain
-continued pretraining. """
+continued pretraining.
+"""
 import contextlib, hashlib, json, math, os, re, resource, sys, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,12 +145,12 @@ def derive(cfg, vocab_size):
         N12 = GPT(GPTConfig.from_depth(12, vocab_size)).num_scaling_params()
 
     # 2. The best batch size grows like (training tokens)^0.383 (arXiv:2505.13738). At a fixed tpp
-    # these grow like N, so the batch grows like N^0.383, here with the same factor for every tpp.
-    # Rounded to a power of two, it is 2^20 for d18 and d20.
+    #    these grow like N, so the batch grows like N^0.383, with the same factor for every tpp.
+    #    Rounded to a power of two, it is 2^20 for d18 and d20.
     batch_size = cfg.total_batch_size or 2 ** round(math.log2(2 ** 19 * (N / N12) ** 0.383))
 
     # 3. The budget is tpp tokens for each of the N parameters, in whole steps. DroPE splits the
-    # same steps into a part with RoPE and a part without.
+    #    same steps into a part with RoPE and a part without.
     steps = int(cfg.tpp * N / batch_size)
     switch = None if cfg.drope is None else round(cfg.drope / 100 * steps)
 
